@@ -1,0 +1,3 @@
+"""Mean-field variational inference for Pyro."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,23 @@
+"""Exceptions and warnings: each says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class ModelError(ValueError):
+    """The model, its arguments or its data cannot be turned into a density."""
+
+
+class GuideMismatchError(ValueError):
+    """A guide and a model do not have the same latent sites."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A density, loss or gradient is NaN or infinite; the message names the site."""
+
+
+class CaptureWarning(UserWarning):
+    """A model could not be run from a captured graph, and a slower tier is used instead."""
+
+
+class KhatWarning(UserWarning):
+    """Importance weights are too heavy-tailed for what is computed from them."""

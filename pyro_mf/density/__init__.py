@@ -1,0 +1,1 @@
+"""A Pyro model as a pure function of one flat unconstrained vector."""
