@@ -1,0 +1,107 @@
+"""The only file that touches undocumented Pyro.
+
+Every function here wraps one thing that Pyro does not promise to keep, under a name of our own.
+Written against pyro-ppl 1.9.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.enum import config_enumerate
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK, effectful
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+
+Node = dict[str, Any]
+
+
+def is_subsample(node: Node) -> bool:
+    """Whether a trace node is the hidden sample statement of a plate."""
+    return bool(site_is_subsample(node))
+
+
+def is_factor(node: Node) -> bool:
+    """Whether a trace node is a ``pyro.factor`` statement."""
+    return bool(site_is_factor(node))
+
+
+def is_deterministic(node: Node) -> bool:
+    """Whether a trace node is a ``pyro.deterministic`` statement."""
+    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+
+
+def is_enumerable(node: Node) -> bool:
+    """Whether a latent node is discrete with a finite support that Pyro can sum out."""
+    return bool(node["fn"].has_enumerate_support)
+
+
+def param_leaf(node: Node) -> Tensor:
+    """The unconstrained leaf tensor behind a ``param`` node."""
+    value = node["value"]
+    leaf = getattr(value, "_pyro_unconstrained_param", None)
+    if leaf is None:
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+    return leaf
+
+
+def is_current_leaf(name: str, leaf: Tensor, model: Any) -> bool:
+    """Whether a model that reads parameter ``name`` today still gets this leaf tensor."""
+    stored = pyro.get_param_store()._params.get(name)
+    if stored is leaf:
+        return True
+    if isinstance(model, torch.nn.Module):
+        return any(p is leaf for p in model.parameters())
+    return False
+
+
+def emit_param(name: str, leaf: Tensor) -> None:
+    """Tell the handlers around us that parameter ``name`` was read, as ``pyro.param`` does.
+
+    ``SVI.step`` collects the parameters to optimise this way.
+    """
+    value = torch.empty(0)
+    value.unconstrained = weakref.ref(leaf)  # type: ignore[attr-defined]
+    effectful(lambda: value, type="param")(name=name)
+
+
+def handlers_around() -> list[Messenger]:
+    """The effect handlers in force, except those that only collect parameters."""
+    return [
+        handler
+        for handler in _PYRO_STACK
+        if not (isinstance(handler, TraceMessenger) and handler.param_only)
+    ]
+
+
+@contextmanager
+def substitute(hook: Callable[[Any], None]) -> Iterator[None]:
+    """Run ``hook`` on the message of every sample statement, outside all handlers of the model."""
+
+    class _Hook(Messenger):
+        def _pyro_sample(self, msg: Any) -> None:
+            hook(msg)
+
+    with _Hook():
+        yield
+
+
+def enumerated(model: Callable[..., Any], max_plate_nesting: int) -> Callable[..., Any]:
+    """The model with every discrete latent site summed out in parallel."""
+    return poutine.enum(config_enumerate(model), first_available_dim=-1 - max_plate_nesting)  # type: ignore[no-any-return]
+
+
+def enumerated_log_prob(trace: Any, max_plate_nesting: int) -> Tensor:
+    """Log density of an enumerated trace, discrete sites summed out."""
+    evaluator = TraceEinsumEvaluator(trace, True, max_plate_nesting)
+    return evaluator.log_prob(trace)  # type: ignore[no-any-return]

@@ -1,0 +1,237 @@
+"""One eager execution of the model: its structure, and everything that can be wrong at the door."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_mf import _pyro
+from pyro_mf._errors import ModelError
+from pyro_mf.density.sites import Layout, Plate
+
+
+@dataclass(frozen=True)
+class Prototype:
+    """What one execution of a model shows.
+
+    Args:
+        layout: The continuous latent sites, plates at the size that this call subsamples.
+        full_layout: The same with subsampled plates at their full size.
+        discrete: Names of the latent sites that are summed out.
+        max_plate_nesting: Number of batch dimensions that the model's plates use.
+        plates: Vectorised plates around each sample site.
+        event_dims: Event dimensions of each sample site.
+        subsamples: Subsampled plates whose indices the model draws at random.
+        given_subsamples: Subsampled plates whose indices the model is given.
+        observed: Names of the observed sites.
+        params: Learnable parameters: name to unconstrained leaf tensor.
+    """
+
+    layout: Layout
+    full_layout: Layout
+    discrete: tuple[str, ...]
+    max_plate_nesting: int
+    plates: dict[str, tuple[Plate, ...]]
+    event_dims: dict[str, int]
+    subsamples: dict[str, Plate]
+    given_subsamples: tuple[str, ...]
+    observed: tuple[str, ...]
+    params: dict[str, Tensor]
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether the model sees only part of some plate."""
+        return bool(self.subsamples or self.given_subsamples)
+
+
+def run_prototype(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Prototype:
+    """Run ``model`` once, latents at the unconstrained zero, and read its structure.
+
+    Nothing is sampled from a continuous prior, so improper priors are fine.
+
+    Raises:
+        ModelError: If the arguments do not fit, there is no latent site, a latent has neither a
+            bijection nor an enumeration, or the data are not finite or outside their support.
+    """
+    check_signature(model, args, kwargs)
+    given: list[str] = []
+
+    def at_zero(msg: Any) -> None:
+        if _pyro.is_subsample(msg):
+            if msg["value"] is not None:
+                given.append(msg["name"])
+        elif not msg["is_observed"] and not _is_discrete(msg["fn"]):
+            msg["value"] = value_at_zero(msg)
+            msg["done"] = True
+
+    with torch.no_grad(), poutine.block(), pyro.validation_enabled(True), _pyro.substitute(at_zero):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    nodes = trace.nodes
+    latent = {
+        name: node
+        for name, node in nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not _pyro.is_subsample(node)
+    }
+    if not latent:
+        raise ModelError(
+            "the model has no latent site: every pyro.sample statement is observed. "
+            "Leave out `obs=` at the sites to infer."
+        )
+    discrete = tuple(n for n, node in latent.items() if _is_discrete(node["fn"]))
+    for name in discrete:
+        _check_enumerable(name, latent[name])
+    continuous = {n: node for n, node in latent.items() if n not in discrete}
+    check_observed(trace, args, kwargs)
+    plates = {n: _plates(node) for n, node in nodes.items() if node["type"] == "sample"}
+    subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
+    return Prototype(
+        layout=Layout.from_trace(continuous),
+        full_layout=Layout.from_trace(continuous, full_size=True),
+        discrete=discrete,
+        max_plate_nesting=max((-p.dim for ps in plates.values() for p in ps), default=0),
+        plates=plates,
+        event_dims={n: _event_dim(node) for n, node in nodes.items() if node["type"] == "sample"},
+        subsamples={n: p for n, p in subsampled.items() if n not in given},
+        given_subsamples=tuple(n for n in subsampled if n in given),
+        observed=tuple(n for n, node in nodes.items() if is_data(node)),
+        params={n: _pyro.param_leaf(node) for n, node in nodes.items() if node["type"] == "param"},
+    )
+
+
+def is_data(node: dict[str, Any]) -> bool:
+    """Whether a trace node is an observed site that has a likelihood."""
+    return (
+        node["type"] == "sample"
+        and node["is_observed"]
+        and not _pyro.is_deterministic(node)
+        and not _pyro.is_factor(node)
+    )
+
+
+def check_signature(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise a :class:`ModelError` if the model cannot be called with these arguments."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ModelError(
+            f"the arguments do not fit the model: {error}. Expected {name}{signature}; got "
+            f"{len(args)} positional and keyword arguments {sorted(kwargs)}."
+        ) from error
+
+
+def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise a :class:`ModelError` where data are outside their support, NaN or infinite."""
+    for name, node in trace.nodes.items():
+        if not is_data(node):
+            continue
+        try:
+            with torch.no_grad(), pyro.validation_enabled(True):
+                log_prob = node["fn"].log_prob(node["value"])
+        except ValueError as error:
+            raise ModelError(
+                f"observed site '{name}' ({type(node['fn']).__name__}) cannot score its data: "
+                f"{error} Check the values, shape and dtype given as `obs=`."
+            ) from error
+        if node["mask"] is not None:
+            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
+        value = node["value"]
+        if torch.isnan(log_prob).any() or (
+            torch.isinf(log_prob).any() and value.is_floating_point() and value.isinf().any()
+        ):
+            raise ModelError(
+                f"observed site '{name}' has a log probability that is not finite at "
+                f"{int((~torch.isfinite(log_prob)).sum())} of {log_prob.numel()} elements; its data"
+                f" hold {_describe(value)}{_describe_arguments(args, kwargs)}. "
+                "Remove or mask the missing values (poutine.mask)."
+            )
+
+
+def value_at_zero(msg: Any) -> Tensor:
+    """The value of a latent site at zero on its unconstrained axis."""
+    fn = msg["fn"]
+    try:
+        transform = biject_to(fn.support)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"latent site '{msg['name']}' ({type(fn).__name__}) has support {fn.support}, which "
+            "has no bijection to an unconstrained space and cannot be summed out. Give the site a "
+            "distribution with another support, or marginalise it by hand."
+        ) from error
+    like = _reference(fn)
+    zero = torch.zeros(transform.inverse_shape(fn.shape()), dtype=like.dtype, device=like.device)
+    return transform(zero)
+
+
+def _reference(fn: Any) -> Tensor:
+    """A floating tensor with the dtype and device of a distribution's values."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return torch.empty(0)
+
+
+def _is_discrete(fn: Any) -> bool:
+    return bool(fn.has_enumerate_support) or bool(getattr(fn.support, "is_discrete", False))
+
+
+def _check_enumerable(name: str, node: Any) -> None:
+    if not node["fn"].has_enumerate_support:
+        raise ModelError(
+            f"latent site '{name}' ({type(node['fn']).__name__}) is discrete with an unbounded "
+            f"support ({node['fn'].support}), so it has no bijection to an unconstrained space and "
+            "cannot be summed out. Marginalise it by hand, or bound its support."
+        )
+
+
+def _event_dim(node: Any) -> int:
+    if _pyro.is_deterministic(node):
+        return max(0, node["value"].dim() - max((-p.dim for p in _plates(node)), default=0))
+    return int(node["fn"].event_dim)
+
+
+def _plates(node: Any) -> tuple[Plate, ...]:
+    plates = [
+        Plate(f.name, f.dim, f.size, f.full_size or f.size)
+        for f in node["cond_indep_stack"]
+        if f.vectorized
+    ]
+    return tuple(sorted(plates, key=lambda p: p.dim))
+
+
+def _describe(value: Tensor) -> str:
+    if not value.is_floating_point():
+        return "no missing values"
+    nan, inf = int(value.isnan().sum()), int(value.isinf().sum())
+    return f"{nan} NaN and {inf} infinite values" if nan or inf else "no missing values"
+
+
+def _describe_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    named = {f"argument {i}": a for i, a in enumerate(args)} | {f"'{k}'": v for k, v in kwargs.items()}
+    bad = [
+        f"{name} holds {_describe(value)}"
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not bool(torch.isfinite(value).all())
+    ]
+    return f" ({'; '.join(bad)})" if bad else ""
