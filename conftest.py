@@ -1,0 +1,53 @@
+"""What every test and doctest starts from, and a guard on what it leaves behind."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pyro
+import pytest
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+
+
+def _global_state() -> dict[str, object]:
+    """Everything in the process that a well-behaved library leaves as it was."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "gradient mode": torch.is_grad_enabled(),
+        "torch threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "open Pyro handlers": len(_PYRO_STACK),
+        **{f"pyro setting {name}": value for name, value in pyro.settings.get().items()},
+    }
+
+
+def _restore(state: dict[str, object]) -> None:
+    torch.set_default_dtype(state["default dtype"])
+    torch.set_grad_enabled(state["gradient mode"])
+    torch.set_num_threads(state["torch threads"])
+    torch.use_deterministic_algorithms(state["deterministic algorithms"])
+    del _PYRO_STACK[state["open Pyro handlers"] :]
+    pyro.settings.set(**{name: state[f"pyro setting {name}"] for name in pyro.settings.get()})
+
+
+@pytest.fixture(autouse=True)
+def clean_state(request):
+    """Seed, an empty parameter store, validation on; tests run in float64, doctests as users do.
+
+    A test that leaves global state changed fails here, and the state is put back.
+    """
+    outside = _global_state()
+    if not isinstance(request.node, pytest.DoctestItem):
+        torch.set_default_dtype(torch.float64)
+    pyro.enable_validation(True)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    given = _global_state()
+    yield
+    left = _global_state()
+    _restore(outside)
+    changed = [
+        f"{name}: {given[name]} -> {left[name]}" for name in given if given[name] != left[name]
+    ]
+    assert not changed, f"the test left global state changed: {'; '.join(changed)}"
