@@ -1,0 +1,47 @@
+"""One-dimensional factors of a mean-field approximation, by name.
+
+A family is added by one file that holds a class with the methods of :class:`Family` and one line
+in the registry below.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from pyro_mf.families.normal import Normal
+from pyro_mf.families.protocol import Family, Params
+
+FAMILIES: dict[str, type[Family]] = {"normal": Normal}
+
+
+def get_family(family: str | Family) -> Family:
+    """Find a family by name, or pass an object through.
+
+    Args:
+        family: A name from ``FAMILIES``, or an object with the methods of :class:`Family`.
+
+    Raises:
+        ValueError: If no family has this name.
+        TypeError: If the object is not a family.
+
+    Example:
+        >>> get_family("normal")
+        Normal()
+    """
+    if isinstance(family, str):
+        if family in FAMILIES:
+            return FAMILIES[family]()
+        near = difflib.get_close_matches(family.lower(), FAMILIES, n=1, cutoff=0.0)
+        raise ValueError(
+            f"Unknown family {family!r}. The families are {', '.join(map(repr, FAMILIES))}; "
+            f"did you mean {near[0]!r}?"
+        )
+    if isinstance(family, type) or not isinstance(family, Family):
+        raise TypeError(
+            f"family must be a name ({', '.join(map(repr, FAMILIES))}) or an object with the "
+            f"methods of pyro_mf.families.Family; got {family!r}."
+        )
+    return family
+
+
+__all__ = ["FAMILIES", "Family", "Normal", "Params", "get_family"]
