@@ -1,0 +1,1 @@
+"""Draws, densities and data as ArviZ results, for both generations of ArviZ."""
