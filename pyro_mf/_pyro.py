@@ -6,22 +6,28 @@ Written against pyro-ppl 1.9.
 
 from __future__ import annotations
 
+import itertools
+import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
+from opt_einsum import shared_intermediates
 from pyro import poutine
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Node = dict[str, Any]
 
@@ -105,3 +111,62 @@ def enumerated_log_prob(trace: Any, max_plate_nesting: int) -> Tensor:
     """Log density of an enumerated trace, discrete sites summed out."""
     evaluator = TraceEinsumEvaluator(trace, True, max_plate_nesting)
     return evaluator.log_prob(trace)  # type: ignore[no-any-return]
+
+
+def enumerated_log_likelihood(
+    trace: Any, observed: tuple[str, ...], discrete: tuple[str, ...], max_plate_nesting: int
+) -> dict[str, Tensor]:
+    """Pointwise log likelihood of an enumerated trace, discrete latents summed out.
+
+    Empty unless there is one observed site whose plates hold every discrete latent.
+    """
+    evaluator = TraceEinsumEvaluator(trace, True, max_plate_nesting)
+    if len(observed) != 1:
+        return {}
+    target = evaluator.ordering[observed[0]]
+    if any(evaluator.ordering[name] != target for name in discrete):
+        return {}
+    factors: OrderedDict[Any, list[Tensor]] = OrderedDict()
+    for name in (*discrete, *observed):
+        node = trace.nodes[name]
+        factors.setdefault(evaluator.ordering[name], []).append(node["packed"]["log_prob"])
+    with shared_intermediates() as cache:
+        total = contract_to_tensor(
+            factors, evaluator._enum_dims, target_ordinal=target, cache=cache
+        )
+    return {observed[0]: packed.unpack(total, trace.symbol_to_dim)}
+
+
+_OWNED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that a module of ours has registered
+
+
+def own_parameters(module: Any, params: tuple[str, ...]) -> None:
+    """Make sure that a ``PyroModule`` and the global store agree on whose its parameters are.
+
+    Pyro keys parameters by name, so a second module of the same name silently continues from the
+    first one's values. Here a module whose names hold *another* module's parameters is renamed
+    (``AutoMeanField_1``); entries that no module of this process made, as after
+    ``param_store.load``, are taken over, which is what loading is for.
+
+    Args:
+        module: A ``PyroModule`` of which ``params`` are direct ``PyroParam`` attributes.
+        params: Their names.
+    """
+    if pyro.settings.get("module_local_params"):
+        return
+    stored = pyro.get_param_store()._params
+    own = [module._parameters.get(f"{p}_unconstrained") for p in params]
+
+    def is_free(name: str) -> bool:
+        entries = [stored.get(f"{name}.{p}") for p in params]
+        return all(
+            entry is None or entry is mine or entry not in _OWNED
+            for entry, mine in zip(entries, own, strict=True)
+        )
+
+    base = re.sub(r"_\d+$", "", module._pyro_name)
+    numbered = (f"{base}_{i}" for i in itertools.count(1))
+    module._pyro_name = next(filter(is_free, itertools.chain([module._pyro_name, base], numbered)))
+    for p in own:
+        if p is not None:
+            _OWNED[p] = True

@@ -33,6 +33,8 @@ class Prototype:
         given_subsamples: Subsampled plates whose indices the model is given.
         observed: Names of the observed sites.
         params: Learnable parameters: name to unconstrained leaf tensor.
+        dtype: Floating dtype of the latents.
+        device: Device of the latents.
     """
 
     layout: Layout
@@ -45,6 +47,8 @@ class Prototype:
     given_subsamples: tuple[str, ...]
     observed: tuple[str, ...]
     params: dict[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
 
     @property
     def is_subsampled(self) -> bool:
@@ -76,12 +80,12 @@ def run_prototype(
 
     with torch.no_grad(), poutine.block(), pyro.validation_enabled(True), _pyro.substitute(at_zero):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
-    nodes = trace.nodes
-    latent = {
+    nodes = {
         name: node
-        for name, node in nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not _pyro.is_subsample(node)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not _pyro.is_subsample(node)
     }
+    latent = {name: node for name, node in nodes.items() if not node["is_observed"]}
     if not latent:
         raise ModelError(
             "the model has no latent site: every pyro.sample statement is observed. "
@@ -92,7 +96,8 @@ def run_prototype(
         _check_enumerable(name, latent[name])
     continuous = {n: node for n, node in latent.items() if n not in discrete}
     check_observed(trace, args, kwargs)
-    plates = {n: _plates(node) for n, node in nodes.items() if node["type"] == "sample"}
+    like = next((node["value"] for node in continuous.values()), torch.empty(0))
+    plates = {n: _plates(node) for n, node in nodes.items()}
     subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
     return Prototype(
         layout=Layout.from_trace(continuous),
@@ -100,11 +105,17 @@ def run_prototype(
         discrete=discrete,
         max_plate_nesting=max((-p.dim for ps in plates.values() for p in ps), default=0),
         plates=plates,
-        event_dims={n: _event_dim(node) for n, node in nodes.items() if node["type"] == "sample"},
+        event_dims={n: _event_dim(node) for n, node in nodes.items()},
         subsamples={n: p for n, p in subsampled.items() if n not in given},
         given_subsamples=tuple(n for n in subsampled if n in given),
         observed=tuple(n for n, node in nodes.items() if is_data(node)),
-        params={n: _pyro.param_leaf(node) for n, node in nodes.items() if node["type"] == "param"},
+        params={
+            name: _pyro.param_leaf(node)
+            for name, node in trace.nodes.items()
+            if node["type"] == "param"
+        },
+        dtype=like.dtype,
+        device=like.device,
     )
 
 

@@ -1,0 +1,191 @@
+"""``LogJoint``: a Pyro model with its data as a density on one flat unconstrained vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import ModelError
+from pyro_mf.density.capture import Backend, GraphFunction
+from pyro_mf.density.evaluation import Evaluation, evaluate
+from pyro_mf.density.model_function import Inputs
+from pyro_mf.density.program import Program, value_and_gradients
+from pyro_mf.density.sites import Layout
+
+
+class LogJoint:
+    """The log joint density of a Pyro model, captured once and batched over draws.
+
+    Continuous latents are mapped to the unconstrained space and packed into one flat vector;
+    discrete latents with a finite support are summed out. Learnable parameters of the model are
+    read anew at every call.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments (data).
+        model_kwargs: Its keyword arguments.
+        backend: ``"auto"`` (graph, compiled when that pays), ``"graph"``, ``"compile"``, ``"eager"``.
+
+    Raises:
+        ModelError: If the model has no latent sites, data or arguments are bad, a latent cannot be
+            mapped to an unconstrained space, or a plate is subsampled.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> log_joint = LogJoint(model, (torch.tensor([1.0, 2.0]),))
+        >>> log_joint(torch.zeros(3, 1)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        self.model = model
+        self.model_args = tuple(model_args)
+        self.model_kwargs = dict(model_kwargs or {})
+        self.program = Program(model, self.model_args, self.model_kwargs, backend=backend)
+        if self.program.prototype.is_subsampled:
+            names = [*self.program.prototype.subsamples, *self.program.prototype.given_subsamples]
+            raise ModelError(
+                f"the model subsamples plate '{names[0]}', so its log density is a random number. "
+                "Expected the full data: call with the whole plate (no subsample_size)."
+            )
+        self._value = GraphFunction(self._batch, self.program.graph_backend)
+        self._value_and_grad = GraphFunction(self._batch_and_grad, self.program.graph_backend)
+
+    @property
+    def layout(self) -> Layout:
+        """Where each latent site lives in the flat vector."""
+        return self.program.prototype.layout
+
+    @property
+    def size(self) -> int:
+        """Length D of the flat unconstrained vector."""
+        return self.layout.size
+
+    @property
+    def tier(self) -> str:
+        """How the density runs: ``"vmap"``, ``"graph"``, ``"loop"`` (captured) or ``"eager"``."""
+        return self.program.mode
+
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds spent on capturing graphs so far."""
+        return self._value.capture_seconds + self._value_and_grad.capture_seconds
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Log joint at ``z``, Jacobian of the transforms included.
+
+        Args:
+            z: Unconstrained vectors, shape ``(..., D)``.
+
+        Returns:
+            Log density in nats, shape ``(...)``; differentiable once with respect to ``z``.
+        """
+        flat = self._check(z)
+        return _Differentiable.apply(flat, self).reshape(z.shape[:-1])  # type: ignore[no-any-return,no-untyped-call]
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint and its gradient at each row.
+
+        Args:
+            z: Unconstrained vectors, shape ``(S, D)``.
+
+        Returns:
+            Values, shape ``(S,)``, and gradients, shape ``(S, D)``, both detached.
+        """
+        value, gradient, *_ = self._value_and_grad(self._check(z).detach(), *self._inputs().flat())
+        return value, gradient
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Map ``z`` of shape ``(..., D)`` to the latents' own space."""
+        return self.layout.constrain(z)
+
+    def evaluate(self, z: Tensor) -> Evaluation:
+        """Run the model at each row of ``(S, D)`` and collect everything it computes."""
+        return evaluate(self.program, self._check(z).detach(), self._inputs())
+
+    def initial_points(self, num: int, *, seed: int | None = None, radius: float = 2.0) -> Tensor:
+        """Points with a finite log joint and gradient, uniform in a box as in Stan.
+
+        Args:
+            num: Number of points.
+            seed: Seed of the draw; ``None`` uses torch's global generator.
+            radius: Half the side of the box; halved when no point is finite.
+
+        Returns:
+            Unconstrained vectors, shape ``(num, D)``.
+
+        Raises:
+            ModelError: If no finite point was found.
+        """
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        found: list[Tensor] = []
+        for attempt in range(100):
+            width = radius * 0.5 ** (attempt // 10)
+            point = width * (2 * torch.rand(1, self.size, generator=generator, dtype=self.dtype) - 1)
+            value, gradient = self.value_and_grad(point.to(self.device))
+            if torch.isfinite(value).all() and torch.isfinite(gradient).all():
+                found.append(point.to(self.device))
+            if len(found) == num:
+                return torch.cat(found)
+        raise ModelError(
+            f"only {len(found)} of {num} starting points with a finite log density and gradient were "
+            "found in 100 tries. Check priors and data for impossible combinations."
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the flat vector."""
+        return self.program.prototype.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the flat vector."""
+        return self.program.prototype.device
+
+    def _inputs(self) -> Inputs:
+        return self.program.inputs(self.model_args, self.model_kwargs)
+
+    def _check(self, z: Tensor) -> Tensor:
+        if z.dim() == 0 or z.shape[-1] != self.size:
+            raise ValueError(
+                f"expected unconstrained vectors of shape (..., {self.size}), one entry per element "
+                f"of {[s.name for s in self.layout.sites]}; got shape {tuple(z.shape)}."
+            )
+        return z.reshape(-1, self.size)
+
+    def _batch(self, z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        return (self.program.batch(z, self._inputs().unflatten(flat)),)
+
+    def _batch_and_grad(self, z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+        return value_and_gradients(self.program.batch, z, self._inputs().unflatten(flat))
+
+
+class _Differentiable(torch.autograd.Function):
+    """The captured log joint with its captured gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, log_joint: LogJoint) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            value, gradient = log_joint.value_and_grad(z)
+            ctx.save_for_backward(gradient)
+            return value
+        return log_joint._value(z, *log_joint._inputs().flat())[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return outputs[0].unsqueeze(-1) * gradient, None
