@@ -11,6 +11,10 @@ class GuideMismatchError(ValueError):
     """A guide and a model do not have the same latent sites."""
 
 
+class GuideNotSetUpError(RuntimeError):
+    """A guide is asked for something that it knows only once it has seen its model run."""
+
+
 class NonFiniteError(FloatingPointError):
     """A density, loss or gradient is NaN or infinite; the message names the site."""
 

@@ -1,0 +1,48 @@
+"""What objectives, solvers and converters ask of a guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from pyro_mf.density.sites import Layout
+from pyro_mf.families import Family
+
+
+@runtime_checkable
+class FactorisedGuide(Protocol):
+    """A guide that is a product of one-dimensional factors over a flat unconstrained vector.
+
+    Besides running as a Pyro guide it offers its density as pure functions, so that the same guide
+    works on a captured graph. Everything below ``setup`` needs the guide to be set up.
+    """
+
+    family: Family
+    model: Callable[..., Any]
+
+    @property
+    def layout(self) -> Layout:
+        """Where each latent site lives in the flat vector, subsampled plates at full size."""
+        ...
+
+    def setup(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the model's structure and create the parameters; a second call does nothing."""
+        ...
+
+    def flat_params(self) -> tuple[Tensor, ...]:
+        """The family's parameters, each ``(D,)``, constrained and differentiable."""
+        ...
+
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Log density of values in the model's space, leading batch dimensions kept."""
+        ...
+
+    def log_prob_unconstrained(self, z: Tensor) -> Tensor:
+        """Log density of flat unconstrained vectors ``(..., D)``."""
+        ...
+
+    def sample_unconstrained(self, num_draws: int) -> Tensor:
+        """Draw flat unconstrained vectors, shape ``(num_draws, D)``."""
+        ...
