@@ -137,7 +137,8 @@ def enumerated_log_likelihood(
     return {observed[0]: packed.unpack(total, trace.symbol_to_dim)}
 
 
-_OWNED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that a module of ours has registered
+# The parameters that a module of ours has registered in the global store.
+_OWNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def own_parameters(module: Any, params: tuple[str, ...]) -> None:

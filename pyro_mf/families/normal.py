@@ -73,11 +73,13 @@ class Normal:
     def quantile(self, params: Params, p: Tensor) -> Tensor:
         """Value below which the probability is ``p``."""
         loc, scale = params
-        return loc + scale * torch.special.ndtri(p.to(loc.dtype))
+        standard: Tensor = torch.special.ndtri(p.to(loc.dtype))
+        return loc + scale * standard
 
     def distribution(self, params: Params) -> dist.Normal:
         """A Normal with batch shape that of the parameters."""
-        return dist.Normal(*params)
+        loc, scale = params
+        return dist.Normal(loc, scale)
 
     def fit_weighted(self, u: Tensor, log_weights: Tensor) -> Params:
         """Match the weighted mean and standard deviation, the forward KL's optimum."""

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
@@ -18,6 +19,9 @@ from pyro_mf.density.prototype import run_prototype, value_at_zero
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.guides.plates import MinibatchPlates
+
+Model = Callable[..., Any]
+InitFn = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,7 @@ def init_to_origin(site: Any = None) -> Any:
 
 
 def start_guide(
-    model: Callable[..., Any],
-    init_loc_fn: Callable[[Any], Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: Model, init_loc_fn: InitFn, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Start:
     """Run the model and decide where a guide's parameters live and start.
 
@@ -65,7 +66,7 @@ def start_guide(
         ModelError: If the model or its arguments are bad (see ``run_prototype``), if nothing is
             left for a guide, or if an initial value does not fit.
     """
-    kwargs = accepted_kwargs(model, kwargs)
+    kwargs = _accepted_kwargs(model, kwargs)
     prototype = run_prototype(model, args, kwargs)
     layout = prototype.full_layout
     if not layout.sites:
@@ -73,28 +74,27 @@ def start_guide(
             f"every latent site of the model is discrete ({list(prototype.discrete)}): nothing is "
             "left for a mean-field guide once they are summed out."
         )
-    trace, given = trace_latents(model, layout, init_loc_fn, args, kwargs)
+    trace, given = _trace_latents(model, layout, init_loc_fn, args, kwargs)
+    _check_supports_are_fixed(model, layout, trace, args, kwargs)
     frames = {}
-    parts = {}
     for site in layout.sites:
-        node = trace.nodes[site.name]
-        for frame in node["cond_indep_stack"]:
+        for frame in trace.nodes[site.name]["cond_indep_stack"]:
             if frame.vectorized:
                 frames[frame.name] = frame
-            elif frame.full_size not in {None, frame.size}:
+            elif _is_subsampled(frame):
                 raise ModelError(
-                    f"latent site '{site.name}' is in the sequential plate '{frame.name}', which is "
-                    "subsampled, so other sites exist at every call. Use a vectorised plate: "
+                    f"latent site '{site.name}' is in the sequential plate '{frame.name}', which "
+                    "is subsampled, so other sites exist at every call. Use a vectorised plate: "
                     f'with pyro.plate("{frame.name}", ...).'
                 )
-        parts[site.name] = _initial_loc(site, node)
-    subsampled = {name for name, f in frames.items() if f.full_size not in {None, f.size}}
+    loc = layout.pack({s.name: _initial_loc(s, trace.nodes[s.name]) for s in layout.sites})
+    subsampled = {name for name, frame in frames.items() if _is_subsampled(frame)}
     minibatch = MinibatchPlates(frozenset(subsampled | (given & frames.keys())), given)
-    return Start(layout, layout.pack(parts), trace, frames, minibatch)
+    return Start(layout, loc, trace, frames, minibatch)
 
 
 def read_call(
-    model: Callable[..., Any],
+    model: Model,
     layout: Layout,
     minibatch: MinibatchPlates,
     args: tuple[Any, ...],
@@ -102,32 +102,72 @@ def read_call(
 ) -> MinibatchPlates:
     """Check that a call with other arguments still has the guide's plates and shapes.
 
+    Returns:
+        The plates to follow, those that only this call shows to be subsampled included.
+
     Raises:
         GuideMismatchError: If a plate or a site has another size.
     """
-    kwargs = accepted_kwargs(model, kwargs)
-    trace, given = trace_latents(model, layout, init_to_origin, args, kwargs)
-    nodes = {site.name: trace.nodes[site.name] for site in layout.sites if site.name in trace.nodes}
-    now = Layout.from_trace(nodes)
-    check_same_sites(now, Layout(tuple(site for site in layout.sites if site.name in nodes)))
+    kwargs = _accepted_kwargs(model, kwargs)
+    trace, given = _trace_latents(model, layout, init_to_origin, args, kwargs)
+    # Sites that this call does not visit, or visits besides, are for the objective to judge:
+    # a model without its data, as in Predictive, has its observed sites as latents.
+    now = Layout.from_trace({s.name: trace.nodes[s.name] for s in layout.sites if s.name in trace})
+    check_same_sites(now, Layout(tuple(site for site in layout.sites if site.name in trace)))
     plates = {plate.name: plate for site in now.sites for plate in site.plates}
     subsampled = {name for name, plate in plates.items() if plate.is_subsampled}
     followed = minibatch.followed | subsampled | (given & plates.keys())
     return MinibatchPlates(frozenset(followed), minibatch.given | given)
 
 
-def trace_latents(
-    model: Callable[..., Any],
+class _AllKnown(Exception):
+    """A signal: every plate asked for has been seen."""
+
+
+def model_indices(
+    model: Model,
     layout: Layout,
-    init_loc_fn: Callable[[Any], Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    plates: frozenset[str],
+) -> dict[str, Tensor]:
+    """Ask the model which elements of its subsampled plates this call visits.
+
+    The model runs, hidden from outer handlers, only until the last of these plates is made: what
+    comes after it, usually the likelihood, is not computed.
+
+    Returns:
+        Long tensors by plate name. A plate that the model does not show is left out.
+    """
+    found: dict[str, Tensor] = {}
+    latents = {site.name for site in layout.sites}
+
+    def follow(msg: Any) -> None:
+        if _pyro.is_subsample(msg):
+            if msg["value"] is None:
+                msg["value"], msg["done"] = msg["fn"](), True
+            found[msg["name"]] = torch.as_tensor(msg["value"])
+            if plates <= found.keys():
+                raise _AllKnown
+        elif msg["name"] in latents and not msg["is_observed"]:
+            msg["value"], msg["done"] = value_at_zero(msg), True
+
+    try:
+        with torch.no_grad(), poutine.block(), _pyro.substitute(follow):
+            model(*args, **_accepted_kwargs(model, kwargs))
+    except _AllKnown:
+        pass
+    return {name: found[name] for name in plates if name in found}
+
+
+def _trace_latents(
+    model: Model,
+    layout: Layout,
+    init_loc_fn: InitFn,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[Any, frozenset[str]]:
-    """Run the model with its latents at chosen values.
-
-    Returns:
-        The trace of the layout's sites, and the names of the plates that were given their indices.
-    """
+    """A trace of the layout's sites at chosen values, and the plates that were given indices."""
     latents = {site.name for site in layout.sites}
     given = set()
 
@@ -138,21 +178,50 @@ def trace_latents(
         elif msg["name"] in latents and not msg["is_observed"]:
             msg["value"], msg["done"] = _initial_value(msg, init_loc_fn), True
 
-    def is_other(msg: Any) -> bool:
-        return msg["type"] != "sample" or msg["is_observed"] or msg["name"] not in latents
-
     with torch.no_grad(), poutine.block(), _pyro.substitute(start):
-        trace = poutine.trace(poutine.block(model, hide_fn=_is_no_sample)).get_trace(
-            *args, **kwargs
-        )
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, node in list(trace.nodes.items()):
-        if is_other(node):
+        if node["type"] != "sample" or node["is_observed"] or name not in latents:
             trace.remove_node(name)
     return trace, frozenset(given)
 
 
-def accepted_kwargs(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out ``observations``, which Pyro's sleep phase hands to guides, where models lack it."""
+def _check_supports_are_fixed(
+    model: Model, layout: Layout, trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse supports that depend on other latents: no fixed bijection maps onto them.
+
+    Raises:
+        ModelError: If a support moves when other latents do.
+    """
+    if not any(_has_tensor_bounds(site) for site in layout.sites):
+        return
+
+    def elsewhere(msg: Any) -> Tensor:
+        transform = biject_to(msg["fn"].support)
+        value: Tensor = transform(transform.inv(value_at_zero(msg)) + 0.5)
+        return value
+
+    moved, _ = _trace_latents(model, layout, elsewhere, args, kwargs)
+    for site in filter(_has_tensor_bounds, layout.sites):
+        here, there = (value_at_zero(t.nodes[site.name]) for t in (trace, moved))
+        if not torch.equal(here, there):
+            raise ModelError(
+                f"the support of latent site '{site.name}' depends on other latent sites "
+                f"({site.support} at the start). Sample it on a fixed support instead and "
+                "rescale: for Uniform(0, x) sample Uniform(0, 1) and multiply by x."
+            )
+
+
+def _has_tensor_bounds(site: Site) -> bool:
+    support = site.support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    return any(isinstance(bound, Tensor) for bound in vars(support).values())
+
+
+def _accepted_kwargs(model: Model, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without ``observations``, which sleep phases hand to guides, where the model lacks it."""
     kwargs = dict(kwargs)
     if "observations" in kwargs:
         target = model.forward if isinstance(model, torch.nn.Module) else model
@@ -163,33 +232,40 @@ def accepted_kwargs(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> dic
     return kwargs
 
 
-def _is_no_sample(msg: Any) -> bool:
-    return bool(msg["type"] != "sample")
+def _is_subsampled(frame: Any) -> bool:
+    return frame.full_size not in {None, frame.size}
 
 
-def _initial_value(msg: Any, init_loc_fn: Callable[[Any], Tensor]) -> Tensor:
+def _initial_value(msg: Any, init_loc_fn: InitFn) -> Tensor:
     value = init_loc_fn(msg)
     shape = msg["fn"].shape()
-    try:
-        return value.expand(shape)
-    except (AttributeError, RuntimeError) as error:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ModelError(
-            f"init_loc_fn must return a tensor that fits latent site '{msg['name']}', of shape "
-            f"{tuple(shape)}; got {got}."
-        ) from error
+    if isinstance(value, Tensor):
+        try:
+            return value.expand(shape)
+        except RuntimeError:
+            pass
+    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ModelError(
+        f"init_loc_fn must return a tensor of shape {tuple(shape)} for latent site "
+        f"'{msg['name']}'; got {got}."
+    )
 
 
 def _initial_loc(site: Site, node: Any) -> Tensor:
+    """The unconstrained start of a site; a subsample's is repeated to the full plate.
+
+    Raises:
+        ModelError: If the start is on the support's boundary or beyond.
+    """
     value = node["value"].detach()
-    loc = site.transform.inv(value).detach()
+    loc: Tensor = site.transform.inv(value).detach()
     if not bool(torch.isfinite(loc).all()):
         raise ModelError(
             f"init_loc_fn must return a value inside the support {site.support} of latent site "
             f"'{site.name}'; got {value}, which is not finite on the unconstrained axis."
         )
     for frame in node["cond_indep_stack"]:
-        if frame.vectorized and frame.full_size not in {None, frame.size}:
+        if frame.vectorized and _is_subsampled(frame):
             dim = frame.dim - site.unconstrained_event_dim
             loc = periodic_repeat(loc, frame.full_size, dim)
     return loc

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pyro_mf.guides.auto_mean_field import AutoMeanField
+    from pyro_mf.guides.flat_guide import FlatGuide
 
 
 class SiteView(Mapping[str, Tensor]):
@@ -21,11 +21,11 @@ class SiteView(Mapping[str, Tensor]):
 
     __slots__ = ("_guide", "_param", "_prefix")
 
-    _guide: AutoMeanField
+    _guide: FlatGuide
     _param: str
     _prefix: str
 
-    def __init__(self, guide: AutoMeanField, param: str, prefix: str = "") -> None:
+    def __init__(self, guide: FlatGuide, param: str, prefix: str = "") -> None:
         object.__setattr__(self, "_guide", guide)
         object.__setattr__(self, "_param", param)
         object.__setattr__(self, "_prefix", prefix)
@@ -38,7 +38,7 @@ class SiteView(Mapping[str, Tensor]):
 
     def __setitem__(self, name: str, value: Tensor | float) -> None:
         site = self._guide.layout[self._prefix + name]
-        self._guide._set_site_param(self._param, site, torch.as_tensor(value))
+        self._guide.set_site_param(self._param, site, torch.as_tensor(value))
 
     def __iter__(self) -> Iterator[str]:
         for site in self._guide.layout.sites:

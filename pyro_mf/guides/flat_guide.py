@@ -1,0 +1,281 @@
+"""Guides whose parameters are flat: how they are made, named, read, saved and copied.
+
+One parameter tensor per parameter of the family, however many sites there are, because an optimiser
+pays for every tensor and not for its length.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn.module import PyroParam, pyro_method
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_mf import _pyro
+from pyro_mf._errors import GuideMismatchError, GuideNotSetUpError
+from pyro_mf.density.sites import Layout, Site
+from pyro_mf.families import Family, get_family
+from pyro_mf.guides.plates import MinibatchPlates
+from pyro_mf.guides.prototype import InitFn, Model, Start, start_guide
+from pyro_mf.guides.site_view import SiteView
+
+_Self = TypeVar("_Self", bound="FlatGuide")
+
+
+class FlatGuide(AutoGuide):
+    """The part of a guide that holds parameters, and does not yet run.
+
+    Args:
+        model: A Pyro model.
+        family: Name of a family, or an object with the methods of ``Family``.
+        init_loc_fn: Per-site initial value in the model's space.
+        init_scale: Initial scale on the unconstrained axis, positive.
+        create_plates: As in Pyro's ``AutoGuide``.
+
+    Raises:
+        TypeError: If ``model`` or ``init_loc_fn`` cannot be called or ``init_scale`` is no number.
+        ValueError: If ``init_scale`` is not positive or the family is unknown.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        family: str | Family,
+        *,
+        init_loc_fn: InitFn,
+        init_scale: float | Tensor,
+        create_plates: Callable[..., Any] | None,
+    ) -> None:
+        for name, value in {"model": model, "init_loc_fn": init_loc_fn}.items():
+            if not callable(value):
+                raise TypeError(f"{name} must be callable; got {type(value).__name__}.")
+        super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
+        self.family = get_family(family)
+        self.init_loc_fn = init_loc_fn
+        self._init_scale = _positive_number(init_scale)
+        self._layout: Layout | None = None
+        self._minibatch = MinibatchPlates()
+        self._loaded_sites: dict[str, list[int]] | None = None
+
+    @property
+    def model(self) -> Model:
+        """The model that the guide was made for.
+
+        Raises:
+            GuideNotSetUpError: If the guide lost it in pickling.
+        """
+        if self._model is None:
+            raise GuideNotSetUpError(
+                "this guide was unpickled, and a guide is pickled without its model. What needs "
+                "only the guide works; to run the model, pass it, or make a new guide with it and "
+                "load this one's state_dict()."
+            )
+        return self._model[0]  # type: ignore[no-any-return]
+
+    @property
+    def layout(self) -> Layout:
+        """Where each latent site lives in the flat vector, subsampled plates at full size.
+
+        Raises:
+            GuideNotSetUpError: If the guide has not seen its model run.
+        """
+        if self._layout is None:
+            raise GuideNotSetUpError(
+                "the guide has not seen its model run yet. Call guide.setup(*args, **kwargs) with "
+                "the model's arguments first, or take one step of SVI."
+            )
+        return self._layout
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the guide has seen its model run."""
+        return self._layout is not None
+
+    @pyro_method
+    def setup(self: _Self, *args: Any, **kwargs: Any) -> _Self:
+        """Read the model's structure and create the parameters; a second call does nothing.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The guide itself.
+        """
+        if not self.is_set_up:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        start = start_guide(self.model, self.init_loc_fn, args, kwargs)
+        if self.master is not None:
+            self.master()._check_prototype(start.trace)
+        self._create_params(start)
+        self._layout = start.layout
+        self._minibatch = start.minibatch
+        self._prototype_frames = start.frames
+        self.prototype_trace = start.trace
+
+    def _create_params(self, start: Start) -> None:
+        names = self.family.param_names
+        if all(f"{name}_unconstrained" in self._parameters for name in names):
+            self._check_loaded(start.layout)  # a state_dict came first
+            return
+        _pyro.own_parameters(self, names)
+        values = self.family.init(start.loc, torch.full_like(start.loc, self._init_scale))
+        for name, value, constraint in zip(names, values, self.family.constraints, strict=True):
+            setattr(self, name, PyroParam(value, constraint))
+        _pyro.own_parameters(self, names)
+        self._check_sizes(start.layout)
+
+    # -- parameters --------------------------------------------------------------------------
+
+    @pyro_method
+    def flat_params(self) -> tuple[Tensor, ...]:
+        """The family's parameters, each ``(D,)``, constrained and differentiable.
+
+        Handlers around the call see them read, so ``SVI.step`` optimises them.
+        """
+        layout = self.layout
+        _pyro.own_parameters(self, self.family.param_names)
+        params = tuple(getattr(self, name) for name in self.family.param_names)
+        if any(p.shape != (layout.size,) for p in params):
+            self._check_sizes(layout)
+        return params
+
+    @property
+    def locs(self) -> SiteView:
+        """Locations site by site, on the unconstrained axis."""
+        return SiteView(self, "loc")
+
+    @property
+    def scales(self) -> SiteView:
+        """Scales site by site, on the unconstrained axis."""
+        return SiteView(self, "scale")
+
+    def site_params(self, name: str) -> SiteView:
+        """Any parameter of the family, site by site.
+
+        Args:
+            name: One of ``guide.family.param_names``.
+
+        Raises:
+            ValueError: If the family has no such parameter.
+        """
+        if name not in self.family.param_names:
+            raise ValueError(
+                f"family {self.family.name!r} has parameters {self.family.param_names}; "
+                f"got {name!r}."
+            )
+        return SiteView(self, name)
+
+    def set_site_param(self, param: str, site: Site, value: Tensor) -> None:
+        """Write one site's part of a flat parameter; :class:`SiteView` assigns through this.
+
+        Raises:
+            ValueError: If the value does not fit the site or the parameter's constraint.
+        """
+        index = self.family.param_names.index(param)
+        flat = self.flat_params()[index]
+        constraint = self.family.constraints[index]
+        try:
+            value = value.detach().to(flat).expand(site.unconstrained_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{param} of site '{site.name}' has unconstrained shape "
+                f"{tuple(site.unconstrained_shape)}; got {tuple(value.shape)}."
+            ) from None
+        if not bool((constraint.check(value) & torch.isfinite(value)).all()):
+            raise ValueError(
+                f"{param} of site '{site.name}' must be finite and satisfy {constraint}; "
+                f"got {value}."
+            )
+        with torch.no_grad():
+            leaf = self.get_parameter(f"{param}_unconstrained")
+            leaf[site.start : site.stop] = transform_to(constraint).inv(value).reshape(-1)
+
+    def _check_sizes(self, layout: Layout) -> None:
+        for name in self.family.param_names:
+            value = getattr(self, name)
+            if value.shape != (layout.size,):
+                raise GuideMismatchError(
+                    f"parameter '{self._pyro_name}.{name}' has shape {tuple(value.shape)}, but the "
+                    f"latent sites {[s.name for s in layout.sites]} have {layout.size} elements: "
+                    "it was loaded from, or belongs to, another model's guide. Call "
+                    "pyro.clear_param_store(), or load this model's parameters."
+                )
+
+    # -- saving, loading, copying --------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The sites behind the flat parameters, so that states do not land in the wrong guide.
+
+        JSON in a byte tensor: whoever walks a ``state_dict`` expects tensors.
+        """
+        sites = _site_shapes(self._layout) if self._layout is not None else self._loaded_sites
+        return torch.tensor(list(json.dumps(sites).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check or remember what :meth:`get_extra_state` saved."""
+        self._loaded_sites = json.loads(bytes(state.tolist()).decode())
+        if self._layout is not None:
+            self._check_loaded(self._layout)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None:
+            self.set_extra_state(extra)  # refuse before anything is overwritten
+        for name, constraint in zip(self.family.param_names, self.family.constraints, strict=True):
+            saved = state_dict.get(f"{prefix}{name}_unconstrained")
+            if saved is not None and not self.is_set_up:
+                setattr(self, name, PyroParam(transform_to(constraint)(saved), constraint))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_loaded(self, layout: Layout) -> None:
+        sites = _site_shapes(layout)
+        loaded = self._loaded_sites
+        if loaded is not None and list(loaded.items()) != list(sites.items()):
+            raise GuideMismatchError(
+                f"the loaded state belongs to a guide for sites {loaded}, this model has {sites} "
+                "(unconstrained shapes). Load it into a guide for the model it was saved from."
+            )
+        self._check_sizes(layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own autoguides forget their model here, on the live guide.
+        model, master = self._model, self.master
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        self._model, self.master = model, master
+        return {**state, "_model": None, "master": None, "plates": {}}
+
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        clone._model = self._model
+        return clone
+
+
+def _positive_number(value: float | Tensor) -> float:
+    expected = "init_scale must be a positive number, the initial sd on the unconstrained axis"
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{expected}; got a tensor of shape {tuple(value.shape)}.")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{expected}; got {value!r}.")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{expected}; got {value}.")
+    return float(value)
+
+
+def _site_shapes(layout: Layout) -> dict[str, list[int]]:
+    return {site.name: list(site.unconstrained_shape) for site in layout.sites}
