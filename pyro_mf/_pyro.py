@@ -171,3 +171,8 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
     for p in own:
         if p is not None:
             _OWNED[p] = True
+
+
+def nuts_state(kernel: Any) -> tuple[float, float]:
+    """Log joint at a NUTS kernel's current draw, and the phase's mean acceptance statistic so far."""
+    return -float(kernel._potential_energy_last), float(kernel._mean_accept_prob)
