@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_mf._errors import CaptureWarning
-from pyro_mf.density.simplify import simplify
+from pyro_mf.density.simplify import has_mutation, simplify
 
 Backend = Literal["auto", "graph", "compile", "eager"]
 BACKENDS: tuple[Backend, ...] = ("auto", "graph", "compile", "eager")
@@ -30,56 +31,61 @@ COMPILE_AFTER_SECONDS = 10.0
 
 PureFunction = Callable[..., tuple[Tensor, ...]]
 
+# What functionalisation leaves behind without a batching rule, or with a wrong one.
+_FUNCTIONAL = {
+    **get_decompositions([torch.ops.aten.slice_scatter, torch.ops.aten.select_scatter]),
+    torch.ops.aten.copy.default: lambda x, source, non_blocking=False: (
+        source.to(x.dtype).expand(x.shape).clone()
+    ),
+}
+
 
 class GraphFunction:
-    """Runs ``fn(*tensors) -> tuple of tensors`` from a graph; gradients do not flow through it.
+    """A function of tensors, captured anew for every set of shapes, dtypes and devices.
+
+    No gradient flows through it; a function that is to be differentiated does so inside.
 
     Args:
-        fn: A pure function of tensors. It may differentiate inside.
+        capture: Turns example tensors into something that runs on tensors like them: a graph, or
+            any other callable where there is no graph.
         backend: ``"graph"`` runs the ATen graph as it is, ``"compile"`` compiles it with inductor,
-            ``"auto"`` starts with the graph and compiles when that has paid for itself, ``"eager"``
-            calls ``fn``.
+            ``"auto"`` starts with the graph and compiles when that has paid for itself.
 
     Example:
-        >>> square = GraphFunction(lambda x: (x * x,), backend="graph")
+        >>> square = GraphFunction(lambda t: capture_graph(lambda x: (x * x,), t), "graph")
         >>> square(torch.tensor([1.0, 2.0]))[0].tolist()
         [1.0, 4.0]
         >>> square.num_captures
         1
     """
 
-    def __init__(self, fn: PureFunction, backend: Backend = "auto") -> None:
-        self.fn = fn
+    def __init__(
+        self, capture: Callable[[tuple[Tensor, ...]], PureFunction], backend: Backend = "auto"
+    ) -> None:
         self.backend = check_backend(backend)
         self.num_captures = 0
         self.capture_seconds = 0.0
+        self._capture = capture
         self._runners: dict[Any, _Runner] = {}
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self.backend == "eager":
-            return self.fn(*tensors)
         key = tuple((t.shape, t.dtype, t.device) for t in tensors)
         runner = self._runners.get(key)
         if runner is None:
-            runner = self._runners[key] = self._capture(tensors)
+            start = time.perf_counter()
+            runner = self._runners[key] = _Runner(self._capture(tensors), self.backend)
+            self.num_captures += 1
+            self.capture_seconds += time.perf_counter() - start
         return runner(*tensors)
-
-    def _capture(self, tensors: tuple[Tensor, ...]) -> _Runner:
-        start = time.perf_counter()
-        graph = capture_graph(self.fn, tensors)
-        self.num_captures += 1
-        self.capture_seconds += time.perf_counter() - start
-        return _Runner(graph, self.backend)
 
 
 class _Runner:
     """One graph, and when to compile it."""
 
-    def __init__(self, graph: GraphModule, backend: Backend) -> None:
-        self._run: Callable[..., tuple[Tensor, ...]] = graph
-        self._graph = graph
+    def __init__(self, run: PureFunction, backend: Backend) -> None:
+        self._run = run
         self._spent = 0.0
-        self._may_compile = backend in ("auto", "compile")
+        self._may_compile = isinstance(run, GraphModule) and backend in ("auto", "compile")
         self._compile_after = 0.0 if backend == "compile" else COMPILE_AFTER_SECONDS
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -105,13 +111,13 @@ class _Runner:
             )
             return
         try:
-            compiled = torch.compile(self._graph, dynamic=False)
+            compiled = torch.compile(self._run, dynamic=False)
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's own, about its own choices
                 compiled(*tensors)
         except Exception as error:
             warnings.warn(
-                f"torch.compile failed ({_first_line(error)}), so the graph runs as it is.",
+                f"torch.compile failed ({first_line(error)}), so the graph runs as it is.",
                 CaptureWarning,
                 stacklevel=4,
             )
@@ -120,11 +126,16 @@ class _Runner:
 
 
 def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
-    """Trace a pure function into one simplified ATen graph."""
+    """Trace a pure function into one simplified ATen graph without in-place operations."""
+    examples = tuple(t.detach() for t in tensors)
     with warnings.catch_warnings():
         # Tracing runs the model's own Python; what it warns about was said by the eager run.
         warnings.simplefilter("ignore")
-        return simplify(make_fx(fn)(*(t.detach() for t in tensors)))
+        graph = make_fx(fn)(*examples)
+        if has_mutation(graph):
+            functional = torch.func.functionalize(graph, remove="mutations")
+            graph = make_fx(functional, decomposition_table=_FUNCTIONAL)(*examples)
+    return simplify(graph)
 
 
 def check_backend(backend: str) -> Backend:
@@ -135,6 +146,7 @@ def check_backend(backend: str) -> Backend:
     raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An exception's type and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -59,14 +58,13 @@ def evaluate(program: Program, z: Tensor, inputs: Inputs) -> Evaluation:
 
     def one(row: Tensor) -> dict[str, dict[str, Tensor]]:
         trace, log_det = function.trace(row, inputs)
-        trace.compute_log_prob()
         return _collect(trace, log_det, prototype)
 
-    with torch.no_grad(), pyro.validation_enabled(False):
+    with torch.no_grad():
         trace, _ = function.trace(z[0], inputs)
         for name in prototype.observed:
             observed[name] = trace.nodes[name]["value"].detach()
-        parts = [_batched(one, chunk, program.mode) for chunk in z.split(_chunk_size(trace))]
+        parts = [_batched(one, chunk, program) for chunk in z.split(_chunk_size(trace))]
     joined: dict[str, dict[str, Tensor]] = {
         group: {name: torch.cat([p[group][name] for p in parts]) for name in parts[0][group]}
         for group in parts[0]
@@ -119,9 +117,9 @@ def _mask(node: Any) -> Any:
 
 
 def _batched(
-    one: Callable[[Tensor], dict[str, dict[str, Tensor]]], rows: Tensor, mode: str
+    one: Callable[[Tensor], dict[str, dict[str, Tensor]]], rows: Tensor, program: Program
 ) -> dict[str, dict[str, Tensor]]:
-    if mode == "vmap":
+    if program.is_checked and program.mode == "vmap":
         return torch.func.vmap(one)(rows)  # type: ignore[no-any-return]
     single = [one(row) for row in rows]
     return {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import ModelError
-from pyro_mf.density.capture import Backend, GraphFunction
+from pyro_mf.density.capture import Backend, PureFunction
 from pyro_mf.density.evaluation import Evaluation, evaluate
 from pyro_mf.density.model_function import Inputs
-from pyro_mf.density.program import Program, value_and_gradients
+from pyro_mf.density.program import Batch, Program, value_and_gradients
 from pyro_mf.density.sites import Layout
 
 
@@ -62,8 +62,8 @@ class LogJoint:
                 f"the model subsamples plate '{names[0]}', so its log density is a random number. "
                 "Expected the full data: call with the whole plate (no subsample_size)."
             )
-        self._value = GraphFunction(self._batch, self.program.graph_backend)
-        self._value_and_grad = GraphFunction(self._batch_and_grad, self.program.graph_backend)
+        self._value = self.program.graph_function(self._build_value)
+        self._value_and_grad = self.program.graph_function(self._build_value_and_grad)
 
     @property
     def layout(self) -> Layout:
@@ -78,6 +78,8 @@ class LogJoint:
     @property
     def tier(self) -> str:
         """How the density runs: ``"vmap"``, ``"graph"``, ``"loop"`` (captured) or ``"eager"``."""
+        if not self.program.is_checked:
+            self.value_and_grad(torch.zeros(1, self.size, dtype=self.dtype, device=self.device))
         return self.program.mode
 
     @property
@@ -136,8 +138,7 @@ class LogJoint:
         for attempt in range(100):
             width = radius * 0.5 ** (attempt // 10)
             point = width * (2 * torch.rand(1, self.size, generator=generator, dtype=self.dtype) - 1)
-            value, gradient = self.value_and_grad(point.to(self.device))
-            if torch.isfinite(value).all() and torch.isfinite(gradient).all():
+            if self._is_finite_at(point.to(self.device)):
                 found.append(point.to(self.device))
             if len(found) == num:
                 return torch.cat(found)
@@ -145,6 +146,13 @@ class LogJoint:
             f"only {len(found)} of {num} starting points with a finite log density and gradient were "
             "found in 100 tries. Check priors and data for impossible combinations."
         )
+
+    def _is_finite_at(self, point: Tensor) -> bool:
+        try:
+            value, gradient = self.value_and_grad(point)
+        except (RuntimeError, ValueError):  # a Cholesky that fails, an argument out of range
+            return False
+        return bool(torch.isfinite(value).all() and torch.isfinite(gradient).all())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,11 +175,13 @@ class LogJoint:
             )
         return z.reshape(-1, self.size)
 
-    def _batch(self, z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        return (self.program.batch(z, self._inputs().unflatten(flat)),)
+    def _build_value(self, batch: Batch) -> PureFunction:
+        inputs = self._inputs()
+        return lambda z, *flat: (batch(z, inputs.unflatten(flat)),)
 
-    def _batch_and_grad(self, z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        return value_and_gradients(self.program.batch, z, self._inputs().unflatten(flat))
+    def _build_value_and_grad(self, batch: Batch) -> PureFunction:
+        inputs = self._inputs()
+        return lambda z, *flat: value_and_gradients(batch, z, inputs.unflatten(flat))
 
 
 class _Differentiable(torch.autograd.Function):

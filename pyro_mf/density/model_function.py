@@ -14,12 +14,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.density.prototype import Prototype
+from pyro_mf.density.tracing import TracingMode, without_validation
 
 
 class Inputs(NamedTuple):
@@ -54,8 +54,8 @@ class ModelFunction:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         prototype: What one execution of it showed.
-        frozen: Take the arguments' tensors as constants instead of inputs, for models whose control
-            flow depends on their values.
+        is_frozen: Take the tensors of these very arguments as constants, whatever is handed in, for
+            models whose control flow depends on their values.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class ModelFunction:
         kwargs: Mapping[str, Any],
         prototype: Prototype,
         *,
-        frozen: bool = False,
+        is_frozen: bool = False,
     ) -> None:
         self.model = model
         self.prototype = prototype
-        self.frozen = frozen
+        self.is_frozen = is_frozen
         self._leaves, self._tree = tree_flatten((tuple(args), dict(kwargs)))
         self._sites = {site.name: site for site in prototype.layout.sites}
         self._runnable = model
@@ -81,7 +81,7 @@ class ModelFunction:
     ) -> Inputs:
         """Collect the inputs for these arguments; their structure is that of the prototype's."""
         leaves, _ = tree_flatten((tuple(args), dict(kwargs)))
-        tensors = () if self.frozen else tuple(x for x in leaves if isinstance(x, Tensor))
+        tensors = tuple(x for x in leaves if isinstance(x, Tensor))
         return Inputs(tensors, tuple(p.detach() for p in self.prototype.params.values()), indices)
 
     def draw_indices(self) -> tuple[Tensor, ...]:
@@ -91,17 +91,50 @@ class ModelFunction:
         )
 
     def trace(self, z: Tensor, inputs: Inputs) -> tuple[Any, Tensor]:
-        """Run the model at one flat vector ``(D,)``; returns its trace and the log Jacobian."""
+        """Run the model at one flat vector ``(D,)``.
+
+        Returns:
+            Its trace with every ``log_prob`` computed, and the log Jacobian, a scalar.
+        """
+        log_det: list[Tensor] = []
+        data = () if self.is_frozen else inputs.tensors
+        with (
+            TracingMode(self.prototype.params, inputs.params, (z, *data, *inputs.indices)),
+            poutine.block(),
+            pyro.validation_enabled(False),
+        ):
+            args, kwargs = self._arguments(inputs)
+            with _pyro.substitute(self._hook(z, inputs, log_det)):
+                trace = poutine.trace(self._runnable).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+            return trace, sum(log_det, z.new_zeros(()))
+
+    def log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
+        """``log p(x, z)`` on the unconstrained space at one flat vector ``(D,)``: a scalar."""
+        trace, log_det = self.trace(z, inputs)
+        if self.prototype.discrete:
+            nesting = self.prototype.max_plate_nesting
+            return log_det + _pyro.enumerated_log_prob(trace, nesting)
+        return log_det + sum(
+            node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"
+        )
+
+    def eager_batch(self, z: Tensor, inputs: Inputs) -> Tensor:
+        """:meth:`log_joint` at each row of ``(S, D)``, one after another."""
+        return torch.stack([self.log_joint(row, inputs) for row in z])
+
+    def _hook(self, z: Tensor, inputs: Inputs, log_det: list[Tensor]) -> Callable[[Any], None]:
+        """What happens at each sample statement: latents are looked up, not drawn."""
         unconstrained = self.prototype.layout.unpack(z)
         indices = dict(zip(self.prototype.subsamples, inputs.indices, strict=True))
-        log_det: list[Tensor] = []
 
-        def put_values(msg: Any) -> None:
+        def at_sample(msg: Any) -> None:
             name = msg["name"]
             if _pyro.is_subsample(msg):
                 if name in indices:
                     msg["value"], msg["done"] = indices[name], True
                 return
+            msg["fn"] = without_validation(msg["fn"])
             if msg["is_observed"] or name in self.prototype.discrete:
                 return
             if name not in self._sites:
@@ -115,55 +148,11 @@ class ModelFunction:
             log_det.append(transform.log_abs_det_jacobian(unconstrained[name], value).sum())
             msg["value"], msg["done"] = value, True
 
-        args, kwargs = self._arguments(inputs)
-        with (
-            _replace_leaves(self.prototype.params, inputs.params),
-            poutine.block(),
-            _pyro.substitute(put_values),
-        ):
-            trace = poutine.trace(self._runnable).get_trace(*args, **kwargs)
-        total = sum(log_det[1:], log_det[0]) if log_det else z.new_zeros(())
-        return trace, total
-
-    def log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
-        """``log p(x, z)`` on the unconstrained space at one flat vector ``(D,)``: a scalar."""
-        with _replace_leaves(self.prototype.params, inputs.params):
-            trace, log_det = self.trace(z, inputs)
-            if self.prototype.discrete:
-                nesting = self.prototype.max_plate_nesting
-                return log_det + _pyro.enumerated_log_prob(trace, nesting)
-            return log_det + trace.log_prob_sum()
-
-    def eager_batch(self, z: Tensor, inputs: Inputs) -> Tensor:
-        """:meth:`log_joint` at each row of ``(S, D)``, one after another."""
-        with pyro.validation_enabled(False):
-            return torch.stack([self.log_joint(row, inputs) for row in z])
+        return at_sample
 
     def _arguments(self, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.frozen:
+        if self.is_frozen:
             return tree_unflatten(self._leaves, self._tree)  # type: ignore[no-any-return]
         tensors = iter(inputs.tensors)
         leaves = [next(tensors) if isinstance(x, Tensor) else x for x in self._leaves]
         return tree_unflatten(leaves, self._tree)  # type: ignore[no-any-return]
-
-
-class _Replace(TorchFunctionMode):
-    """Every torch function sees other tensors in place of some, told apart by identity."""
-
-    def __init__(self, table: dict[int, Tensor]) -> None:
-        self.table = table
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        args, kwargs = tree_map_only(
-            Tensor, lambda t: self.table.get(id(t), t), (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-
-def _replace_leaves(leaves: Mapping[str, Tensor], values: tuple[Tensor, ...]) -> _Replace:
-    # By identity, because a parameter reaches the model along many ways: pyro.param, a PyroModule's
-    # attribute, or an nn.Module that was registered with pyro.module and holds its own reference.
-    table = {id(leaf): value for leaf, value in zip(leaves.values(), values, strict=True)}
-    return _Replace(table)

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_mf import _pyro
 from pyro_mf._errors import CaptureWarning
-from pyro_mf.density.capture import Backend, _first_line, capture_graph, check_backend
+from pyro_mf.density.capture import (
+    Backend,
+    GraphFunction,
+    PureFunction,
+    capture_graph,
+    check_backend,
+    first_line,
+)
 from pyro_mf.density.model_function import Inputs, ModelFunction
 from pyro_mf.density.prototype import Prototype, run_prototype
 
 # How a batch of draws is computed, fastest first. Each is tried, and checked, in turn.
 #   vmap   the Python model under torch.func.vmap
-#   graph  the model captured for one draw, its graph under vmap (in-place operations, own autograd
-#          functions)
+#   graph  the model captured for one draw, its graph under vmap (in-place operations, autograd
+#          functions of one's own)
 #   loop   the model once per draw inside the capture
 #   eager  no capture: Pyro runs the model at every call
-MODES = ("vmap", "graph", "loop", "eager")
+Mode = Literal["vmap", "graph", "loop", "eager"]
+_CAPTURED: tuple[Mode, ...] = ("vmap", "graph", "loop")
+
+Batch = Callable[[Tensor, Inputs], Tensor]
+
+# The eager model runs one draw after another; beyond this many the check takes a few of them.
+_MAX_CHECKED_DRAWS = 16
 
 
 class Program:
@@ -34,12 +46,13 @@ class Program:
         model: A Pyro model.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        backend: See :class:`~pyro_mf.density.capture.GraphFunction`.
+        backend: See :class:`~pyro_mf.density.capture.GraphFunction`; ``"eager"`` captures nothing.
 
     Attributes:
         prototype: The model's structure.
-        mode: How draws are vectorised, one of ``vmap``, ``graph``, ``loop``, ``eager``.
-        frozen: The argument tensors are constants of the graph, since control flow depends on them.
+        mode: How draws are vectorised: ``vmap``, ``graph``, ``loop`` or ``eager``. It is known, and
+            checked, from the first capture on.
+        function: The model as a pure function of one draw.
     """
 
     def __init__(
@@ -53,28 +66,19 @@ class Program:
         self.model = model
         self.backend = check_backend(backend)
         self.prototype: Prototype = run_prototype(model, args, kwargs)
-        self.signature = signature(args, kwargs)
         self.function = ModelFunction(model, args, kwargs, self.prototype)
-        self.mode = "eager"
-        self._frozen_key: tuple[Any, ...] = ()
-        if self.backend != "eager":
-            self.mode = self._choose_mode(args, kwargs)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the arguments' tensors are constants of the graph."""
-        return self.function.frozen
-
-    @property
-    def graph_backend(self) -> Backend:
-        """The backend for functions built on :meth:`batch`."""
-        return "eager" if self.mode == "eager" else self.backend
+        self.mode: Mode = "eager" if self.backend == "eager" else "vmap"
+        self.is_checked = self.backend == "eager"
+        self._signature = signature(args, kwargs)
+        self._arguments = (args, kwargs)
+        self._identity = _identity(args, kwargs)
+        self._graphs: dict[Any, PureFunction] = {}
 
     def matches(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether this program is right for these arguments and the model as it is now."""
-        if signature(args, kwargs) != self.signature:
+        """Whether this program is right for these arguments and the parameters as they are now."""
+        if signature(args, kwargs) != self._signature:
             return False
-        if self.frozen and _identity(args, kwargs) != self._frozen_key:
+        if self.function.is_frozen and _identity(args, kwargs) != self._identity:
             return False
         return all(
             _pyro.is_current_leaf(name, leaf, self.model)
@@ -84,121 +88,123 @@ class Program:
     def inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], indices: tuple[Tensor, ...] = ()
     ) -> Inputs:
-        """The tensors that :meth:`batch` depends on, for these arguments."""
+        """All that the log joint depends on besides the latents, for these arguments."""
         return self.function.inputs(args, kwargs, indices)
 
-    def batch(self, z: Tensor, inputs: Inputs) -> Tensor:
-        """``log p(x, z)`` at each row of ``(S, D)``: shape ``(S,)``. Can be traced and differentiated."""
-        return self._batch_in(self.mode, z, inputs)
+    def graph_function(self, build: Callable[[Batch], PureFunction]) -> GraphFunction:
+        """A captured function that is built on the log joint of a batch of draws.
 
-    def _batch_in(self, mode: str, z: Tensor, inputs: Inputs) -> Tensor:
-        with pyro.validation_enabled(False):
-            if mode == "vmap":
-                one = self.function.log_joint
-                return torch.func.vmap(lambda row: one(row, inputs))(z)
-            if mode == "graph":
-                graph = self._graph_of_one_draw(z[0], inputs)
-                flat = inputs.flat()
-                return torch.func.vmap(lambda row: graph(row, *flat)[0])(z)
-            return self.function.eager_batch(z, inputs)
+        Args:
+            build: Takes ``batch(z, inputs)``, the log joint at each row of ``(S, D)``, and returns
+                a pure function of tensors, of which the first leads with the draws and the last
+                are the model's :class:`Inputs`, flat.
+        """
+        return GraphFunction(lambda tensors: self._capture(build, tensors), self.backend)
 
-    def _graph_of_one_draw(self, z: Tensor, inputs: Inputs) -> Callable[..., tuple[Tensor, ...]]:
+    def batch(self, mode: Mode) -> Batch:
+        """The log joint at each row of ``(S, D)``, computed in one of the modes."""
+        if mode == "vmap":
+            one = self.function.log_joint
+            return lambda z, inputs: torch.func.vmap(lambda row: one(row, inputs))(z)
+        if mode == "graph":
+            return self._batch_of_graphs
+        return self.function.eager_batch
+
+    def _batch_of_graphs(self, z: Tensor, inputs: Inputs) -> Tensor:
+        graph = self._graph_of_one_draw(z[0], inputs)
+        flat = inputs.flat()
+        return torch.func.vmap(lambda row: graph(row, *flat)[0])(z)
+
+    def _graph_of_one_draw(self, z: Tensor, inputs: Inputs) -> PureFunction:
         key = tuple(t.shape for t in inputs.flat())
-        cache: dict[Any, Any] = self.__dict__.setdefault("_graphs", {})
-        if key not in cache:
-            def one(z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-                return (self.function.log_joint(z, inputs.unflatten(flat)),)
+        if key not in self._graphs:
 
-            examples = (torch.zeros_like(z), *inputs.flat())
-            graph = capture_graph(one, examples)
-            cache[key] = capture_graph(
-                torch.func.functionalize(graph, remove="mutations"), examples
-            )
-        return cache[key]  # type: ignore[no-any-return]
+            def one(row: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+                return (self.function.log_joint(row, inputs.unflatten(flat)),)
 
-    def _choose_mode(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+            self._graphs[key] = capture_graph(one, (z, *inputs.flat()))
+        return self._graphs[key]
+
+    def _capture(
+        self, build: Callable[[Batch], PureFunction], tensors: tuple[Tensor, ...]
+    ) -> PureFunction:
+        if not self.is_checked:
+            few = len(tensors[0]) <= _MAX_CHECKED_DRAWS
+            probe = tensors if few else (tensors[0][:2], *tensors[1:])
+            graph = self._choose_mode(build, probe)
+            if few:
+                return graph
+        fn = build(self.batch(self.mode))
+        return fn if self.mode == "eager" else capture_graph(fn, tensors)
+
+    def _choose_mode(
+        self, build: Callable[[Batch], PureFunction], tensors: tuple[Tensor, ...]
+    ) -> PureFunction:
+        """Find the fastest mode whose graph agrees with eager Pyro, and return that graph."""
+        args, kwargs = self._arguments
+        eager = build(self.function.eager_batch)
+        truth = eager(*tensors)  # raises where the model itself does
+        self.is_checked = True
         reasons: list[str] = []
-        for frozen in (False, True):
-            if frozen:
-                self.function = ModelFunction(
-                    self.model, args, kwargs, self.prototype, frozen=True
-                )
-                self._frozen_key = _identity(args, kwargs)
-                if not any(isinstance(x, Tensor) for x in tree_flatten((args, dict(kwargs)))[0]):
-                    break
-            check = _Check(self.function, args, kwargs)
-            for mode in MODES[:-1]:
+        if _difference(truth, eager(*tensors)) is not None:
+            reasons.append("the model's log density is random: two runs at one point differ")
+        for is_frozen in (False, True) if not reasons else ():
+            self.function = ModelFunction(
+                self.model, args, kwargs, self.prototype, is_frozen=is_frozen
+            )
+            self._graphs.clear()
+            others = self._other_values(tensors)
+            for mode in _CAPTURED:
                 try:
-                    reason = check.compare(lambda z, i, m=mode: self._batch_in(m, z, i))
+                    graph = capture_graph(build(self.batch(mode)), tensors)
+                    reason = _disagreement(eager, graph, [tensors, *others])
                 except Exception as error:
-                    reason = _first_line(error)
+                    reason = first_line(error)
                 if reason is None:
-                    return mode
+                    self.mode = mode
+                    return graph
                 reasons.append(reason)
-                self.__dict__.pop("_graphs", None)
+        self.mode = "eager"
         self.function = ModelFunction(self.model, args, kwargs, self.prototype)
         warnings.warn(
-            f"the model cannot be captured as a graph, so eager Pyro runs it at every call: "
-            f"{reasons[0]}. Control flow on latent values, random operations and calls into NumPy "
-            "are what to look for.",
+            "the model cannot be captured as a graph, so eager Pyro runs it at every call: "
+            f"{reasons[0]}. Look for control flow on latent values, random operations and calls "
+            "into NumPy.",
             CaptureWarning,
-            stacklevel=5,
+            stacklevel=2,
         )
-        return "eager"
+        return build(self.function.eager_batch)
 
-
-class _Check:
-    """Holds a vectorised form against the eager model at random points."""
-
-    def __init__(
-        self, function: ModelFunction, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        self.function = function
+    def _other_values(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Other inputs at which captured and eager have to agree as well."""
         generator = torch.Generator().manual_seed(20)
-        layout = function.prototype.layout
-        indices = tuple(
-            torch.randperm(p.full_size, generator=generator)[: p.size]
-            for p in function.prototype.subsamples.values()
+        inputs = self.inputs(*self._arguments)
+        first = len(tensors) - len(inputs.flat()) - len(self.prototype.subsamples)
+        own, rest = tensors[:first], tensors[first:]
+        data, rest = rest[: len(inputs.tensors)], rest[len(inputs.tensors) :]
+        moved = tuple(_move(x, generator) for x in own)
+        points = [(*moved, *data, *rest)]
+        if data and not self.function.is_frozen:
+            points.append((*moved, *(_move(x, generator) for x in data), *rest))
+        return points
+
+
+def value_and_gradients(batch: Batch, z: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """``batch(z, inputs)`` and its sum's gradients by ``z`` and by each learnable parameter."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_(True)
+        params = tuple(p.detach().requires_grad_(True) for p in inputs.params)
+        value = batch(z, inputs._replace(params=params))
+        gradients = torch.autograd.grad(
+            value.sum(), (z, *params), allow_unused=True, materialize_grads=True
         )
-        first = function.inputs(args, kwargs, indices)
-        like = _like(first)
-        z = torch.randn(3, layout.size, generator=generator, dtype=torch.float64)
-        self.z = (0.5 * z).to(like)
-        self.points = [first]
-        if first.tensors:
-            self.points.append(first._replace(tensors=_perturb(first.tensors, generator)))
-
-    def compare(self, batch: Callable[[Tensor, Inputs], Tensor]) -> str | None:
-        """``None`` where captured and eager agree in value and gradient, else what differs."""
-        first = self.points[0]
-
-        def with_gradient(z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-            return value_and_gradients(batch, z, first.unflatten(flat))
-
-        graph = capture_graph(with_gradient, (self.z, *first.flat()))
-        for number, inputs in enumerate(self.points):
-            try:
-                truth = value_and_gradients(self.function.eager_batch, self.z, inputs)
-            except Exception:
-                if number == 0:
-                    raise
-                continue  # the changed arguments are not valid for this model
-            again = self.function.eager_batch(self.z, inputs)
-            if not torch.equal(again.nan_to_num(), truth[0].nan_to_num()):
-                return "the model's log density is random: two runs at the same point differ"
-            with torch.no_grad():
-                got = graph(self.z, *inputs.flat())
-            reason = _difference(truth, got)
-            if reason is not None:
-                where = "" if number == 0 else " for other values of the arguments"
-                return f"captured and eager {reason}{where}"
-        return None
+    return (value.detach(), *gradients)
 
 
 def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What must be equal for two sets of arguments to share one graph."""
     leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
-    return str(tree), tuple(_leaf_key(x) for x in leaves)
+    return tree, tuple(_leaf_key(x) for x in leaves)
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -216,45 +222,38 @@ def _identity(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
     return tuple((id(x), x._version) for x in leaves if isinstance(x, Tensor))
 
 
-def value_and_gradients(
-    batch: Callable[[Tensor, Inputs], Tensor], z: Tensor, inputs: Inputs
-) -> tuple[Tensor, ...]:
-    """``batch(z, inputs)`` and its sum's gradients by ``z`` and by each parameter."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_(True)
-        params = tuple(p.detach().requires_grad_(True) for p in inputs.params)
-        value = batch(z, inputs._replace(params=params))
-        gradients = torch.autograd.grad(
-            value.sum(), (z, *params), allow_unused=True, materialize_grads=True
-        )
-    return (value.detach(), *gradients)
-
-
-def _difference(truth: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> str | None:
-    for name, a, b in zip(("value", *["gradient"] * len(truth)), truth, got, strict=False):
-        # Rounding of a sum of many terms; float32 keeps 1e-7 of the largest.
-        tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3
-        scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
-        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + scale), equal_nan=True):
-            gap = float((a - b).nan_to_num(torch.inf).abs().max())
-            return f"{name}s differ by up to {gap:.3g}"
+def _disagreement(
+    eager: PureFunction, graph: PureFunction, points: list[tuple[Tensor, ...]]
+) -> str | None:
+    """``None`` where graph and eager function agree at all points, else what differs where."""
+    for number, point in enumerate(points):
+        try:
+            truth = eager(*point)
+        except Exception:
+            if number == 0:
+                raise
+            continue  # values of our own making need not be valid for the model
+        with torch.no_grad():
+            reason = _difference(truth, graph(*point))
+        if reason is not None:
+            where = ("", " at another point", " for other values of the arguments")[number]
+            return f"captured and eager outputs differ by {reason}{where}"
     return None
 
 
-def _perturb(tensors: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Other values of the arguments' tensors, close enough to be valid for most models."""
-    out = []
-    for x in tensors:
-        if x.is_floating_point():
-            noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
-            out.append(x * (1 + 0.01 * noise))
-        else:
-            out.append(x.flip(0) if x.dim() else x)
-    return tuple(out)
+def _difference(truth: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> str | None:
+    for a, b in zip(truth, got, strict=True):
+        # Rounding in sums of many terms, relative to the largest.
+        tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3
+        scale = float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()) if a.numel() else 0.0
+        if not torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + scale), equal_nan=True):
+            return f"{float((a - b).nan_to_num(torch.inf).abs().max()):.3g}"
+    return None
 
 
-def _like(inputs: Inputs) -> Tensor:
-    for x in (*inputs.params, *inputs.tensors):
-        if x.is_floating_point():
-            return x
-    return torch.empty(0)
+def _move(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Other values like these, close enough to be valid for most models."""
+    if x.is_floating_point():
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)
+        return x * (1 + 0.01 * noise) + 0.003 * noise
+    return x.flip(0) if x.dim() else x

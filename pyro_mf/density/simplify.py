@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 _aten = torch.ops.aten
 _ALIASES = {_aten.detach.default, _aten.lift_fresh_copy.default, _aten.lift_fresh.default, _aten.alias.default}
@@ -19,8 +18,6 @@ _RANDOM = "nondeterministic_seeded"
 
 def simplify(graph: GraphModule) -> GraphModule:
     """Drop nodes that change nothing, join equal ones, and remove what is not used."""
-    if any(_is_mutation(node) for node in graph.graph.nodes):
-        return graph
     for node in list(graph.graph.nodes):
         replacement = _equal_to(node)
         if replacement is not None:
@@ -30,6 +27,11 @@ def simplify(graph: GraphModule) -> GraphModule:
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def has_mutation(graph: GraphModule) -> bool:
+    """Whether some node changes one of its inputs."""
+    return any(_is_mutation(node) for node in graph.graph.nodes)
 
 
 def _equal_to(node: Node) -> Node | None:
@@ -49,19 +51,12 @@ def _join_equal_nodes(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "get_attr") or _is_random(node):
             continue
-        key = _key(node)
-        if key is None:
-            continue
+        key = (node.op, node.target, repr(node.args), repr(sorted(node.kwargs.items())))
         if key in seen:
             node.replace_all_uses_with(seen[key])
             graph.graph.erase_node(node)
         else:
             seen[key] = node
-
-
-def _key(node: Node) -> Any:
-    key = (node.op, node.target, repr(node.args), repr(sorted(node.kwargs.items())))
-    return key
 
 
 def _is_mutation(node: Node) -> bool:

@@ -1,0 +1,95 @@
+"""What lets an ordinary Pyro model run while it is being traced into a graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class TracingMode(TorchFunctionMode):
+    """Watches every torch function that a model calls, and changes three things.
+
+    * A learnable parameter is replaced by the tensor that was handed in for it. This goes by
+      identity, because a parameter reaches the model along many ways: ``pyro.param``, an attribute
+      of a ``PyroModule``, or an ``nn.Module`` that holds its own reference.
+    * What depends on no input is computed at once instead of being traced: constants fold, and
+      control flow on constants works.
+    * ``.data`` becomes ``.detach()``, which vmap allows.
+
+    Args:
+        leaves: Learnable parameters, name to leaf tensor.
+        values: What takes their place, in the same order.
+        inputs: All other tensors that the traced function depends on.
+    """
+
+    def __init__(
+        self, leaves: Mapping[str, Tensor], values: tuple[Tensor, ...], inputs: Iterable[Tensor]
+    ) -> None:
+        self._table = {id(a): b for a, b in zip(leaves.values(), values, strict=True)}
+        # Held, so that no identity is reused while the mode is active.
+        self._dependent: dict[int, Tensor] = {id(t): t for t in (*values, *inputs)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: self._table.get(id(t), t), (args, kwargs or {})
+        )
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if any(id(t) in self._dependent for t in tensors):
+            if func == _DATA:
+                func = Tensor.detach
+            out = func(*args, **kwargs)
+            self._mark(out)
+            if _is_in_place(func, kwargs):
+                self._mark(args[:1])
+            return out
+        if tensors and not _is_in_place(func, kwargs):
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _mark(self, out: Any) -> None:
+        for x in tree_flatten(out)[0]:
+            if isinstance(x, Tensor):
+                self._dependent[id(x)] = x
+
+
+def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    in_place_operator = name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    return (
+        "out" in kwargs
+        or name in ("__setitem__", "__set__")
+        or in_place_operator
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+def without_validation(fn: Any) -> Any:
+    """A copy of a distribution that does not check its arguments, or ``fn`` where it already does not.
+
+    Distributions made outside the model (a ``PyroSample``'s prior) keep the setting they were made
+    with, and their checks read values, which a trace cannot.
+    """
+    if not _validates(fn):
+        return fn
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    for name, value in vars(fn).items():
+        if isinstance(value, torch.distributions.Distribution):
+            setattr(fn, name, without_validation(value))
+    return fn
+
+
+def _validates(fn: Any) -> bool:
+    if not isinstance(fn, torch.distributions.Distribution):
+        return False
+    return bool(fn._validate_args) or any(map(_validates, vars(fn).values()))
