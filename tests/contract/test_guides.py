@@ -11,17 +11,16 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.enum import config_enumerate
-from tests.cases import MODELS, ModelCase
 
 from pyro_mf.guides import AutoMeanField, FactorisedGuide
+from tests.cases import MODELS, ModelCase
 
 GUIDES = {"AutoMeanField": AutoMeanField}
 
 pytestmark = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES.keys())
 every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
-plain_models = pytest.mark.parametrize(
-    "case", [c for c in MODELS.values() if c.is_plain], ids=[n for n in MODELS if MODELS[n].is_plain]
-)
+PLAIN = {name: case for name, case in MODELS.items() if case.is_plain}
+plain_models = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN.keys())
 
 
 def set_up(make, case: ModelCase):
