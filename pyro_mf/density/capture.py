@@ -1,7 +1,7 @@
 """A pure function of tensors, captured once per input signature and run from its graph.
 
 Nothing here knows Pyro. A :class:`GraphFunction` is called like the function it captures; the first
-call with new shapes, dtypes or devices traces it with ``make_fx`` into one ATen graph. ``torch.jit``
+call with new shapes, dtypes or devices records it as one ATen graph. ``torch.jit``
 is not used: it is deprecated.
 """
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_mf._errors import CaptureWarning
+from pyro_mf.density.recorder import record
 from pyro_mf.density.simplify import has_mutation, simplify
 
 Backend = Literal["auto", "graph", "compile", "eager"]
@@ -131,10 +131,10 @@ def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
     with warnings.catch_warnings():
         # Tracing runs the model's own Python; what it warns about was said by the eager run.
         warnings.simplefilter("ignore")
-        graph = make_fx(fn)(*examples)
+        graph = record(fn, examples)
         if has_mutation(graph):
             functional = torch.func.functionalize(graph, remove="mutations")
-            graph = make_fx(functional, decomposition_table=_FUNCTIONAL)(*examples)
+            graph = record(functional, examples, _FUNCTIONAL)
     return simplify(graph)
 
 

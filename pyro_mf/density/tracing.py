@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from pyro_mf.density.recorder import paused
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -52,7 +53,7 @@ class TracingMode(TorchFunctionMode):
                 self._mark(args[:1])
             return out
         if tensors and not _is_in_place(func, kwargs):
-            with disable_proxy_modes_tracing():
+            with paused():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
