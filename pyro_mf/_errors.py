@@ -25,3 +25,7 @@ class CaptureWarning(UserWarning):
 
 class KhatWarning(UserWarning):
     """Importance weights are too heavy-tailed for what is computed from them."""
+
+
+class MinibatchWarning(UserWarning):
+    """Draws of a subsampled plate are returned without a word on which elements they are."""

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -129,6 +130,9 @@ class AutoMeanField(FlatGuide):
         else:
             created = as_plates(self.create_plates(*args, **kwargs)) if self.create_plates else {}
             self.plates = self._minibatch.create(created, self._prototype_frames, ask_model)
+            # Predictive masks out all densities; nothing else runs a guide that way.
+            if poutine.get_mask() is False:
+                self._minibatch.warn_of_lost_indices(self.plates.keys() - created.keys())
         return self.plates
 
     def _check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ was given its indices by the caller. Here the model decides and the guide follow
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_mf._errors import GuideMismatchError, ModelError
+from pyro_mf._errors import GuideMismatchError, MinibatchWarning, ModelError
 from pyro_mf.density.sites import Site
 
 AskModel: TypeAlias = Callable[[frozenset[str]], dict[str, Tensor]]
@@ -82,6 +83,23 @@ class MinibatchPlates:
                     "others and would put them in their place. Pass create_plates=... to "
                     f'AutoGuideList, with pyro.plate("{name}", ..., subsample=indices).'
                 )
+
+    def warn_of_lost_indices(self, names: Iterable[str]) -> None:
+        """Say that draws of these plates are about to be returned without their indices.
+
+        Args:
+            names: Plates that the guide made.
+        """
+        lost = sorted((self.followed - self.given).intersection(names))
+        if lost:
+            warnings.warn(
+                f"the model subsamples {lost} at random, so these draws hold whichever elements "
+                "came up, and nothing tells which. For draws of the full plate use "
+                "guide.sample_posterior(num_draws), or give the model its indices: "
+                f'pyro.plate("{lost[0]}", ..., subsample=indices).',
+                MinibatchWarning,
+                stacklevel=2,
+            )
 
     def take(self, value: Tensor, site: Site, plates: Mapping[str, Any]) -> Tensor:
         """Select the elements of a site's full-size parameter that the plates visit."""
