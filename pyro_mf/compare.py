@@ -9,18 +9,17 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import xarray as xr
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from pyro_mf.convert import generations
 from pyro_mf.convert.aligned import align_draws
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Group
+    from rich.table import Table
 
 MIN_DRAWS = 100
 MAX_RHAT = 1.05
@@ -103,12 +102,17 @@ class PosteriorComparison:
         return list(distance.sort_values(ascending=False, kind="stable").index[:count])
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
         Console(file=text, width=WIDTH, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def __rich__(self) -> Group:
         """The tables for ``rich.print``."""
+        from rich.console import Group
+        from rich.text import Text
+
         base = self.baseline
         head = f"NUTS: {base.chains} chains of {base.draws} draws"
         head += f", max R-hat {base.max_rhat:.3f}, min ESS {base.min_ess:.0f}"
@@ -126,6 +130,10 @@ class PosteriorComparison:
 
     def _parameter_table(self) -> Table:
         shown = set(self.furthest(SHOWN))
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=SIMPLE_HEAD)
         for name in ("parameter", "NUTS mean ± sd", "fit"):
             table.add_column(name, no_wrap=True)
@@ -149,6 +157,10 @@ class PosteriorComparison:
         return table
 
     def _fit_table(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=SIMPLE_HEAD)
         table.add_column("fit", no_wrap=True)
         for name in ("seconds", "k-hat", "|mean error|", "sd ratio", "Wasserstein"):
@@ -194,6 +206,7 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
             draws are not finite.
 
     Example:
+        >>> import xarray as xr
         >>> from pyro_mf.convert.generations import wrap
         >>> def result(scale):
         ...     z = scale * np.random.default_rng(0).normal(size=(4, 500))
@@ -206,6 +219,8 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
         Panaretos and Zemel (2019), Statistical Aspects of Wasserstein Distances,
         https://arxiv.org/abs/1806.05500
     """
+    import pandas as pd
+
     if generations.is_result(fits) or not isinstance(fits, Mapping) or not fits:
         raise ValueError(
             "fits must be a mapping with at least one entry, such as {'reverse': result}; got "
@@ -257,6 +272,8 @@ class _Moments:
 
 def _measure(p: _Moments, q: _Moments, names: list[str]) -> pd.DataFrame:
     """All measures of ``q`` against the baseline ``p``, a row per parameter."""
+    import pandas as pd
+
     relative = p.sd_variance / p.sd**2  # of the unit in which distances are given
     error, ratio = (q.mean - p.mean) / p.sd, q.sd / p.sd
     distance, phi_p, phi_q = _wasserstein(p.draws, q.draws)
@@ -314,16 +331,23 @@ def _mean_variance(values: np.ndarray, *, independent: bool) -> np.ndarray:
 def _ess(values: np.ndarray, *, independent: bool, method: str = "mean") -> np.ndarray:
     if independent:
         return np.full(values.shape[-1], float(values.shape[0] * values.shape[1]))
+    return _arviz_statistic("ess", values, method=method)
+
+
+def _arviz_statistic(name: str, values: np.ndarray, **kwargs: Any) -> np.ndarray:
+    """One of ArviZ's statistics per parameter of (chain, draw, P) values, shape (P,)."""
+    import xarray as xr
+
     data = xr.Dataset({"x": (("chain", "draw", "parameter"), values)})
-    return np.asarray(generations.import_arviz().ess(data, method=method)["x"].values, float)
+    result = getattr(generations.import_arviz(), name)(data, **kwargs)
+    return np.asarray(result["x"].values, float)
 
 
 def _baseline(result: Any, draws: np.ndarray) -> Baseline:
     chains, num_draws, _ = draws.shape
     max_rhat = np.nan
     if chains > 1:
-        data = xr.Dataset({"x": (("chain", "draw", "parameter"), draws)})
-        max_rhat = float(generations.import_arviz().rhat(data)["x"].max())
+        max_rhat = float(_arviz_statistic("rhat", draws).max())
     divergences = None
     if "sample_stats" in generations.groups(result):
         stats = generations.dataset(result, "sample_stats")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from pyro_mf.convert import generations
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def align_draws(results: Mapping[str, Any], *, min_draws: int) -> AlignedDraws:
             posterior has not the dimensions chain and draw.
 
     Example:
+        >>> import xarray as xr
         >>> ds = xr.Dataset({"x": (("chain", "draw", "row"), np.ones((1, 3, 2)))})
         >>> align_draws({"a": generations.wrap({"posterior": ds})}, min_draws=1).parameters
         ['x[0]', 'x[1]']

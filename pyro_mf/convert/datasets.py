@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 
 from pyro_mf.density.sites import Plate
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 # What the InferenceData schema keeps for itself.
 RESERVED = frozenset({"chain", "draw", "sample", "pred_id"})
@@ -108,6 +110,8 @@ def to_dataset(
         >>> ds["theta"].dims
         ('chain', 'draw', 'school')
     """
+    import xarray as xr
+
     sample = {k: np.asarray(v) for k, v in (sample or {}).items()}
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     sizes: dict[str, int] = {}

@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import xarray as xr
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 def arviz_major() -> int:
@@ -52,6 +53,7 @@ def wrap(datasets: Mapping[str, xr.Dataset], attrs: Mapping[str, Any] | None = N
         An ``arviz.InferenceData`` (ArviZ 0.x) or an ``xarray.DataTree`` (ArviZ 1.x).
 
     Example:
+        >>> import xarray as xr
         >>> draws = xr.Dataset({"mu": (("chain", "draw"), [[0.1, 0.2]])})
         >>> result = wrap({"posterior": draws})
         >>> groups(result)
@@ -61,6 +63,8 @@ def wrap(datasets: Mapping[str, xr.Dataset], attrs: Mapping[str, Any] | None = N
     """
     full = {group: ds for group, ds in datasets.items() if len(ds.data_vars)}
     if arviz_major() >= 1:
+        import xarray as xr
+
         tree = xr.DataTree.from_dict(full)
         tree.attrs.update(attrs or {})
         return tree
@@ -69,12 +73,12 @@ def wrap(datasets: Mapping[str, xr.Dataset], attrs: Mapping[str, Any] | None = N
 
 def is_result(value: Any) -> bool:
     """Whether a value is an ``InferenceData`` or a ``DataTree``."""
-    return isinstance(value, xr.DataTree) or type(value).__name__ == "InferenceData"
+    return _is_tree(value) or type(value).__name__ == "InferenceData"
 
 
 def groups(result: Any) -> list[str]:
     """Names of the groups of a result, in order."""
-    return list(result.children) if isinstance(result, xr.DataTree) else list(result.groups())
+    return list(result.children) if _is_tree(result) else list(result.groups())
 
 
 def dataset(result: Any, group: str) -> xr.Dataset:
@@ -90,7 +94,8 @@ def dataset(result: Any, group: str) -> xr.Dataset:
     if group not in groups(result):
         raise KeyError(f"expected a group '{group}'; the result has {groups(result)}.")
     node = result[group]
-    return node.to_dataset() if isinstance(node, xr.DataTree) else node
+    found: xr.Dataset = node.to_dataset() if _is_tree(node) else node
+    return found
 
 
 def load(path: str | Path) -> Any:
@@ -105,6 +110,14 @@ def load(path: str | Path) -> Any:
         The result, in memory, as the installed ArviZ keeps it.
     """
     if arviz_major() >= 1:
+        import xarray as xr
+
         with xr.open_datatree(path) as tree:
             return tree.load()
     return import_arviz().from_netcdf(str(path))
+
+
+def _is_tree(value: Any) -> bool:
+    import xarray as xr
+
+    return isinstance(value, xr.DataTree)

@@ -54,7 +54,7 @@ def test_the_forest_shows_distances_in_nuts_sds():
     figure = plot_comparison(comparison, max_densities=0)
     nuts, fit = figure.axes[0].get_lines()[:2]
     np.testing.assert_allclose(nuts.get_xdata(), 0.0, atol=1e-12)
-    np.testing.assert_allclose(fit.get_xdata(), comparison.table["mean_error"])
+    np.testing.assert_allclose(fit.get_xdata(), comparison.table["mean_error"], atol=1e-12)
 
 
 def test_a_mean_out_of_sight_is_an_arrow_at_the_edge():
