@@ -114,7 +114,7 @@ class FlatGuide(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         start = start_guide(self.model, self.init_loc_fn, args, kwargs)
-        if self.master is not None:
+        if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(start.trace)
         self._create_params(start)
         self._layout = start.layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
 
@@ -46,3 +46,8 @@ class FactorisedGuide(Protocol):
     def sample_unconstrained(self, num_draws: int) -> Tensor:
         """Draw flat unconstrained vectors, shape ``(num_draws, D)``."""
         ...
+
+
+def is_factorised(guide: object) -> TypeGuard[FactorisedGuide]:
+    """Whether a guide offers its density as pure functions; asks its class, so it may be unset."""
+    return hasattr(type(guide), "flat_params") and hasattr(type(guide), "log_prob_unconstrained")

@@ -239,16 +239,20 @@ def _is_subsampled(frame: Any) -> bool:
 def _initial_value(msg: Any, init_loc_fn: InitFn) -> Tensor:
     value = init_loc_fn(msg)
     shape = msg["fn"].shape()
-    if isinstance(value, Tensor):
-        try:
-            return value.expand(shape)
-        except RuntimeError:
-            pass
-    got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise ModelError(
-        f"init_loc_fn must return a tensor of shape {tuple(shape)} for latent site "
-        f"'{msg['name']}'; got {got}."
-    )
+    try:
+        value = value.expand(shape)
+    except (AttributeError, RuntimeError):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ModelError(
+            f"init_loc_fn must return a tensor of shape {tuple(shape)} for latent site "
+            f"'{msg['name']}'; got {got}."
+        ) from None
+    if not bool(msg["fn"].support.check(value).all()):
+        raise ModelError(
+            f"init_loc_fn must return a value in the support {msg['fn'].support} of latent site "
+            f"'{msg['name']}'; got {value}."
+        )
+    return value
 
 
 def _initial_loc(site: Site, node: Any) -> Tensor:
@@ -262,7 +266,7 @@ def _initial_loc(site: Site, node: Any) -> Tensor:
     if not bool(torch.isfinite(loc).all()):
         raise ModelError(
             f"init_loc_fn must return a value inside the support {site.support} of latent site "
-            f"'{site.name}'; got {value}, which is not finite on the unconstrained axis."
+            f"'{site.name}', not on its boundary; got {value}."
         )
     for frame in node["cond_indep_stack"]:
         if frame.vectorized and _is_subsampled(frame):
