@@ -10,7 +10,7 @@ import itertools
 import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyro
 import torch
 from opt_einsum import shared_intermediates
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.ops import packed
@@ -176,3 +177,27 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
 def nuts_state(kernel: Any) -> tuple[float, float]:
     """Log joint at a NUTS kernel's current draw, and the phase's mean acceptance statistic so far."""
     return -float(kernel._potential_energy_last), float(kernel._mean_accept_prob)
+
+
+def plate_nesting(
+    model: Callable[..., Any], guide_trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int:
+    """Batch dimensions that plates of model and guide use, from one run without enumeration."""
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    return max(
+        (
+            -frame.dim
+            for nodes in (trace.nodes, guide_trace.nodes)
+            for node in nodes.values()
+            if node["type"] == "sample"
+            for frame in node["cond_indep_stack"]
+            if frame.vectorized
+        ),
+        default=0,
+    )
+
+
+def scaled_and_masked(value: Tensor, node: Node) -> Tensor:
+    """A per-batch-element quantity with the scale and mask of its site applied."""
+    return scale_and_mask(value, node["scale"], node["mask"])  # type: ignore[no-any-return]

@@ -56,11 +56,11 @@ class LogJoint:
         self.model_args = tuple(model_args)
         self.model_kwargs = dict(model_kwargs or {})
         self.program = Program(model, self.model_args, self.model_kwargs, backend=backend)
-        if self.program.prototype.is_subsampled:
-            names = [*self.program.prototype.subsamples, *self.program.prototype.given_subsamples]
+        if self.program.prototype.subsampled:
+            name = self.program.prototype.subsampled[0]
             raise ModelError(
-                f"the model subsamples plate '{names[0]}', so its log density is a random number. "
-                "Expected the full data: call with the whole plate (no subsample_size)."
+                f"the model subsamples plate '{name}', so its log density is that of a minibatch. "
+                "Expected the full data: call the model with the whole plate."
             )
         self._value = self.program.graph_function(self._build_value)
         self._value_and_grad = self.program.graph_function(self._build_value_and_grad)

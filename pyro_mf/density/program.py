@@ -21,6 +21,7 @@ from pyro_mf.density.capture import (
     check_backend,
     first_line,
 )
+from pyro_mf.density.fingerprint import fingerprint
 from pyro_mf.density.model_function import Inputs, ModelFunction
 from pyro_mf.density.prototype import Prototype, run_prototype
 
@@ -72,13 +73,16 @@ class Program:
         self._signature = signature(args, kwargs)
         self._arguments = (args, kwargs)
         self._identity = _identity(args, kwargs)
+        self._fingerprint = fingerprint(model)
         self._graphs: dict[Any, PureFunction] = {}
 
     def matches(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether this program is right for these arguments and the parameters as they are now."""
+        """Whether this program is right for these arguments and for the model as it is now."""
         if signature(args, kwargs) != self._signature:
             return False
         if self.function.is_frozen and _identity(args, kwargs) != self._identity:
+            return False
+        if fingerprint(self.model) != self._fingerprint:
             return False
         return all(
             _pyro.is_current_leaf(name, leaf, self.model)

@@ -30,7 +30,7 @@ class Prototype:
         plates: Vectorised plates around each sample site.
         event_dims: Event dimensions of each sample site.
         subsamples: Subsampled plates whose indices the model draws at random.
-        given_subsamples: Subsampled plates whose indices the model is given.
+        given: Plates whose indices the model is given, in any order and number.
         observed: Names of the observed sites.
         params: Learnable parameters: name to unconstrained leaf tensor.
         dtype: Floating dtype of the latents.
@@ -44,16 +44,17 @@ class Prototype:
     plates: dict[str, tuple[Plate, ...]]
     event_dims: dict[str, int]
     subsamples: dict[str, Plate]
-    given_subsamples: tuple[str, ...]
+    given: tuple[str, ...]
     observed: tuple[str, ...]
     params: dict[str, Tensor]
     dtype: torch.dtype
     device: torch.device
 
     @property
-    def is_subsampled(self) -> bool:
-        """Whether the model sees only part of some plate."""
-        return bool(self.subsamples or self.given_subsamples)
+    def subsampled(self) -> tuple[str, ...]:
+        """Names of the plates of which the model sees only part."""
+        plates = {p.name: p for around in self.plates.values() for p in around}
+        return tuple(name for name, plate in plates.items() if plate.is_subsampled)
 
 
 def run_prototype(
@@ -107,7 +108,7 @@ def run_prototype(
         plates=plates,
         event_dims={n: _event_dim(node) for n, node in nodes.items()},
         subsamples={n: p for n, p in subsampled.items() if n not in given},
-        given_subsamples=tuple(n for n in subsampled if n in given),
+        given=tuple(given),
         observed=tuple(n for n, node in nodes.items() if is_data(node)),
         params={
             name: _pyro.param_leaf(node)

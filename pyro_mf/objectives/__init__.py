@@ -1,0 +1,5 @@
+"""Divergences between guide and posterior, as objectives of stock ``SVI``."""
+
+from pyro_mf.objectives.reverse_kl import ReverseKL
+
+__all__ = ["ReverseKL"]

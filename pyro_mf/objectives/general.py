@@ -1,0 +1,154 @@
+"""The general road: the ELBO of any Pyro model and guide, through Pyro's own handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_mf import _pyro
+from pyro_mf._errors import GuideMismatchError, ModelError, NonFiniteError
+from pyro_mf.density.tracing import TracingMode
+from pyro_mf.objectives.entropy import EntropyEstimator
+
+Fn = Callable[..., Any]
+
+
+def traced_elbo(
+    model: Fn,
+    guide: Fn,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    entropy: EntropyEstimator,
+    max_plate_nesting: float,
+) -> Tensor:
+    """One draw's estimate of the ELBO, differentiable.
+
+    Discrete latents of the model that the guide leaves out are summed out.
+
+    Raises:
+        GuideMismatchError: If a continuous latent of the model has no site in the guide.
+        ModelError: If the guide has a site without reparameterised draws.
+        NonFiniteError: If some site's log probability is not finite.
+    """
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    log_joint = _log_joint(model, guide_trace, args, kwargs, max_plate_nesting)
+    return log_joint + _entropy(guide, guide_trace, args, kwargs, entropy)
+
+
+def _log_joint(
+    model: Fn, guide_trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: float
+) -> Tensor:
+    if nesting == float("inf"):
+        nesting = _pyro.plate_nesting(model, guide_trace, args, kwargs)
+    runnable = _pyro.enumerated(model, int(nesting))
+    trace = poutine.trace(poutine.replay(runnable, trace=guide_trace)).get_trace(*args, **kwargs)
+    latent = {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not _pyro.is_subsample(node)
+    }
+    summed_out = [n for n in latent if n not in guide_trace and _pyro.is_enumerable(latent[n])]
+    missing = [n for n in latent if n not in guide_trace and n not in summed_out]
+    if missing:
+        raise GuideMismatchError(
+            f"latent sites {missing} of the model have no sample statement in the guide, which has "
+            f"{list(guide_trace.stochastic_nodes)}. Add them to the guide, or observe them."
+        )
+    trace.compute_log_prob()
+    _check_finite(trace)
+    if summed_out:
+        return _pyro.enumerated_log_prob(trace, int(nesting))
+    return trace.log_prob_sum()  # type: ignore[no-any-return]
+
+
+def _entropy(
+    guide: Fn,
+    trace: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    entropy: EntropyEstimator,
+) -> Tensor:
+    nodes = _stochastic(trace)
+    for name, node in nodes.items():
+        if not (node["fn"].has_rsample or _is_point(node["fn"])):
+            raise ModelError(
+                f"guide site '{name}' ({type(node['fn']).__name__}) has no reparameterised draws, "
+                "which ReverseKL's gradient needs. Leave a discrete site out of the guide to have "
+                "it summed out, or use pyro.infer.TraceGraph_ELBO."
+            )
+    if entropy.detaches_params:
+        # Log q again at the same draws, the guide's parameters detached: only the draws carry
+        # gradient, also through the parameters that depend on earlier draws.
+        leaves = {
+            name: _pyro.param_leaf(node)
+            for name, node in trace.nodes.items()
+            if node["type"] == "param"
+        }
+        values = tuple(leaf.detach() for leaf in leaves.values())
+        with TracingMode(leaves, values, ()), poutine.block():
+            trace = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*args, **kwargs)
+        nodes = _stochastic(trace)
+    trace.compute_log_prob()
+    _check_finite(trace)
+    terms = [_site_entropy(node, closed_form=entropy.uses_closed_form) for node in nodes.values()]
+    return torch.stack([torch.as_tensor(t) for t in terms]).sum() if terms else torch.zeros(())
+
+
+def _site_entropy(node: Any, *, closed_form: bool) -> Tensor:
+    exact = _exact_entropy(node["fn"], node["value"]) if closed_form else None
+    if exact is None:
+        return -node["log_prob_sum"]  # type: ignore[no-any-return]
+    return _pyro.scaled_and_masked(exact, node).sum()
+
+
+def _exact_entropy(fn: Any, value: Tensor) -> Tensor | None:
+    """Entropy in closed form, up to the Jacobian of a transform, which is taken at the draw."""
+    if isinstance(fn, torch.distributions.TransformedDistribution):
+        log_det: Tensor | float = 0.0
+        event_dim = fn.event_dim
+        for transform in reversed(fn.transforms):
+            before = transform.inv(value)
+            step = transform.log_abs_det_jacobian(before, value)
+            extra = step.dim() - (value.dim() - event_dim)
+            log_det = log_det + (step.sum(tuple(range(-extra, 0))) if extra > 0 else step)
+            event_dim += transform.domain.event_dim - transform.codomain.event_dim
+            value = before
+        base = _exact_entropy(fn.base_dist, value)
+        if base is None:
+            return None
+        extra = base.dim() - len(fn.batch_shape)
+        return (base.sum(tuple(range(-extra, 0))) if extra > 0 else base) + log_det
+    if _is_point(fn):
+        return None
+    try:
+        return fn.entropy()  # type: ignore[no-any-return]
+    except NotImplementedError:
+        return None
+
+
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, pyro.distributions.Delta)
+
+
+def _stochastic(trace: Any) -> dict[str, Any]:
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not node["is_observed"] and not _pyro.is_subsample(node)
+    }
+
+
+def _check_finite(trace: Any) -> None:
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not bool(torch.isfinite(node["log_prob_sum"]).all()):
+            raise NonFiniteError(
+                f"the log probability of site '{name}' is {node['log_prob_sum'].sum().item()}. "
+                "Parameters keep their last finite values. Try a smaller step or another start."
+            )

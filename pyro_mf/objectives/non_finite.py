@@ -1,0 +1,83 @@
+"""Which site made a loss or gradient NaN or infinite."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pyro_mf import _pyro
+from pyro_mf._errors import NonFiniteError
+from pyro_mf.density.model_function import Inputs
+from pyro_mf.density.program import Program
+from pyro_mf.families import Family
+
+_CURE = (
+    "Parameters keep their last finite values. Try a smaller step, another init_loc_fn, "
+    "or float64; look for a log or division of zero at this site."
+)
+
+
+def raise_non_finite(
+    program: Program, family: Family, params: tuple[Tensor, ...], noise: Tensor, inputs: Inputs
+) -> NoReturn:
+    """Run the model eagerly at the same noise and raise with the first site that is not finite.
+
+    Args:
+        program: The model.
+        family: The guide's family.
+        params: The guide's parameters, each ``(D,)``.
+        noise: The noise of the step, shape ``(S, D)``.
+        inputs: The model's inputs.
+
+    Raises:
+        NonFiniteError: Always.
+    """
+    params = tuple(p.detach() for p in params)
+    for name, value in zip(family.param_names, params, strict=True):
+        bad = ~torch.isfinite(value)
+        if bool(bad.any()):
+            elements = program.prototype.layout.element_names()
+            first = elements[int(bad.nonzero()[0])]
+            raise NonFiniteError(
+                f"the guide's parameter '{name}' is not finite at {int(bad.sum())} elements, first "
+                f"'{first}'. Something set it outside of this objective; set up a new guide."
+            )
+    for draw in family.transform(params, noise):
+        place = _first_site(program, draw, inputs)
+        if place is not None:
+            raise NonFiniteError(f"{place}. {_CURE}")
+    raise NonFiniteError(f"the loss or its gradient is not finite, at no site alone. {_CURE}")
+
+
+def _first_site(program: Program, draw: Tensor, inputs: Inputs) -> str | None:
+    with torch.enable_grad():
+        z = draw.detach().requires_grad_(True)
+        trace, log_det = program.function.trace(z, inputs)
+        nodes = {
+            name: node
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and not _pyro.is_subsample(node)
+        }
+        for name, node in nodes.items():
+            if not bool(torch.isfinite(node["value"]).all()):
+                return f"site '{name}' has a value that is not finite"
+            if not bool(torch.isfinite(node["log_prob"]).all()):
+                worst = node["log_prob"][~torch.isfinite(node["log_prob"])].reshape(-1)[0].item()
+                return f"the log probability of site '{name}' is {worst}"
+        for name, node in nodes.items():
+            if node["log_prob"].requires_grad and not _has_finite_gradient(node["log_prob"], z):
+                return f"the gradient of the log probability of site '{name}' is not finite"
+        if not _has_finite_gradient(log_det, z):
+            return "the Jacobian of the latents' transforms or its gradient is not finite"
+    return None
+
+
+def _has_finite_gradient(value: Tensor, z: Tensor) -> bool:
+    if not value.requires_grad:
+        return bool(torch.isfinite(value).all())
+    (gradient,) = torch.autograd.grad(
+        value.sum(), z, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return bool(torch.isfinite(gradient).all())

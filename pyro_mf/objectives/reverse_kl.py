@@ -1,0 +1,186 @@
+"""``ReverseKL``: the negative ELBO as an objective of stock ``SVI``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_mf import _pyro
+from pyro_mf._errors import NonFiniteError
+from pyro_mf.density.capture import Backend, check_backend
+from pyro_mf.guides.protocol import is_factorised
+from pyro_mf.objectives.captured import CapturedELBO
+from pyro_mf.objectives.entropy import EntropyEstimator, get_entropy
+from pyro_mf.objectives.general import traced_elbo
+
+Fn = Callable[..., Any]
+
+
+class ReverseKL(ELBO):
+    r"""Reverse (exclusive) divergence KL(q || p), through the evidence lower bound.
+
+    Minimises :math:`-\mathrm{ELBO} = \mathbb{E}_q[\log q(z) - \log p(x, z)]` in nats, which is the
+    divergence minus the log evidence, a constant. The estimate is unbiased at any number of
+    particles, for subsampled plates too.
+
+    There are two roads with one meaning. With a factorised guide such as
+    :class:`~pyro_mf.AutoMeanField` the loss and its gradient are captured once as a graph, batched
+    over particles. With any other guide, or inside other effect handlers, Pyro runs model and guide
+    as usual. Discrete latents that the guide leaves out are summed out on both.
+
+    Args:
+        num_particles: Draws S per step, at least 1.
+        entropy: How the entropy term is estimated: ``"closed_form"``, ``"stl"`` (sticking the
+            landing) or ``"monte_carlo"``.
+        backend: ``"auto"``, ``"graph"``, ``"compile"`` or ``"eager"`` for the captured road.
+        max_plate_nesting: As in :class:`pyro.infer.ELBO`; needed only on the general road with
+            discrete latents and dynamic structure.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_mf import AutoMeanField
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> guide, optim = AutoMeanField(model), pyro.optim.Adam({"lr": 0.05})
+        >>> svi = pyro.infer.SVI(model, guide, optim, loss=ReverseKL(num_particles=8))
+        >>> losses = [svi.step(torch.tensor([1.0, 2.0])) for _ in range(200)]
+        >>> abs(guide.median()["loc"].item() - 1.0) < 0.2
+        True
+
+    References:
+        Kucukelbir et al. (2017), Automatic Differentiation Variational Inference,
+        https://arxiv.org/abs/1603.00788
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        entropy: str | EntropyEstimator = "closed_form",
+        backend: Backend = "auto",
+        max_plate_nesting: float = float("inf"),
+    ) -> None:
+        if isinstance(num_particles, bool) or not isinstance(num_particles, int):
+            raise ValueError(f"num_particles must be an integer; got {num_particles!r}.")
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1; got {num_particles}.")
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        self.entropy = get_entropy(entropy)
+        self.backend = check_backend(backend)
+        self._captured: list[CapturedELBO] = []
+
+    def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative ELBO in nats, without gradients."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
+        """Estimate the negative ELBO in nats and add its gradients to the parameters'.
+
+        Raises:
+            NonFiniteError: If loss or gradient is not finite. No gradient is stored then, so the
+                parameters keep their values.
+        """
+        if self._is_captured(guide):
+            captured = self._captured_elbo(model, guide)
+            loss, tensors, gradients = captured.value_and_gradients(
+                self.num_particles, args, kwargs
+            )
+            torch.autograd.backward(tensors, gradients)
+            return float(loss)
+        total = self._general_loss(model, guide, args, kwargs)
+        if total.requires_grad:
+            _backward_if_finite(total)
+        return float(total)
+
+    def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
+        """Estimate the negative ELBO in nats as a tensor that can be differentiated once."""
+        if self._is_captured(guide):
+            captured = self._captured_elbo(model, guide)
+            loss, tensors, gradients = captured.value_and_gradients(
+                self.num_particles, args, kwargs
+            )
+            return _WithGradients.apply(loss, gradients, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+        return self._general_loss(model, guide, args, kwargs)
+
+    def _general_loss(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Tensor:
+        elbos = [
+            traced_elbo(model, guide, args, kwargs, self.entropy, self.max_plate_nesting)
+            for _ in range(self.num_particles)
+        ]
+        return -torch.stack(elbos).mean()
+
+    def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "ReverseKL does not hand out traces; use loss, loss_and_grads or differentiable_loss."
+        )
+
+    def _is_captured(self, guide: Any) -> bool:
+        """Whether the captured road means the same as running model and guide here."""
+        return (
+            is_factorised(guide)
+            and getattr(guide, "create_plates", None) is None
+            and not _pyro.handlers_around()
+        )
+
+    def _captured_elbo(self, model: Fn, guide: Any) -> CapturedELBO:
+        for captured in self._captured:
+            if captured.model is model and captured.guide is guide:
+                return captured
+        self._captured.append(CapturedELBO(model, guide, self.entropy, self.backend))
+        return self._captured[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_captured": []}  # graphs are cheap to make again and cannot travel
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        return (None, None, *(outputs[0] * g for g in ctx.saved_tensors))
+
+
+def _backward_if_finite(loss: Tensor) -> None:
+    """Backward, but leave every leaf without a gradient if one of them is not finite."""
+    leaves = _leaves(loss)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    known = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
+    if not all(bool(torch.isfinite(g).all()) for _, g in known):
+        raise NonFiniteError(
+            "the gradient of the loss is not finite although the loss is. Parameters keep their "
+            "last finite values. Try a smaller step, another start, or float64."
+        )
+    for leaf, gradient in known:
+        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The leaf tensors that a loss depends on."""
+    found: dict[int, Tensor] = {}
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        stack.extend(parent for parent, _ in node.next_functions)
+    return list(found.values())
