@@ -19,7 +19,7 @@ from torch._decomp import get_decompositions
 from torch.fx import GraphModule
 
 from pyro_mf._errors import CaptureWarning
-from pyro_mf.density.recorder import record
+from pyro_mf.density.recorder import paused, record
 from pyro_mf.density.simplify import has_mutation, simplify
 
 Backend = Literal["auto", "graph", "compile", "eager"]
@@ -135,7 +135,8 @@ def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
         if has_mutation(graph):
             functional = torch.func.functionalize(graph, remove="mutations")
             graph = record(functional, examples, _FUNCTIONAL)
-    return simplify(graph)
+    with paused():
+        return simplify(graph)
 
 
 def check_backend(backend: str) -> Backend:

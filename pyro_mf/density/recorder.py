@@ -22,17 +22,24 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 _aten = torch.ops.aten
 _READS_VALUE = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
 
-_is_paused: ContextVar[bool] = ContextVar("pyro_mf_recorder_is_paused", default=False)
+# Only this recorder records; one that is further out sees the operations pass.
+_active: ContextVar[_Recorder | None] = ContextVar("pyro_mf_recorder", default=None)
 
 
 @contextmanager
 def paused() -> Iterator[None]:
     """Run operations without recording them: their results become constants of the graph."""
-    token = _is_paused.set(True)
+    with _recording_to(None):
+        yield
+
+
+@contextmanager
+def _recording_to(recorder: _Recorder | None) -> Iterator[None]:
+    token = _active.set(recorder)
     try:
         yield
     finally:
-        _is_paused.reset(token)
+        _active.reset(token)
 
 
 def record(
@@ -52,8 +59,8 @@ def record(
     """
     recorder = _Recorder(decompositions or {})
     for number, example in enumerate(examples):
-        recorder.nodes[id(example)] = recorder.graph.placeholder(f"input{number}")
-    with recorder:
+        recorder.name(example, recorder.graph.placeholder(f"input{number}"))
+    with _recording_to(recorder), recorder:
         out = fn(*examples)
     recorder.graph.output(tuple(recorder.node_of(t) for t in out))
     return GraphModule(recorder.constants, recorder.graph)
@@ -70,7 +77,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_paused.get():
+        if _active.get() is not self:
             return func(*args, **kwargs)
         if func in self._decompositions:
             with self:
@@ -92,17 +99,22 @@ class _Recorder(TorchDispatchMode):
         if node is None:
             name = f"constant{len(self.constants)}"
             self.constants[name] = tensor.detach()
-            node = self.nodes[id(tensor)] = self.graph.get_attr(name)
-            self._alive.append(tensor)
+            node = self.name(tensor, self.graph.get_attr(name))
+        return node
+
+    def name(self, tensor: Tensor, node: Node) -> Node:
+        """Remember which node computes a tensor, and what kind of tensor it is."""
+        node.meta.update(shape=tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self.nodes[id(tensor)] = node
+        self._alive.append(tensor)
         return node
 
     def _is_recorded(self, values: Any) -> bool:
         return any(id(x) in self.nodes for x in tree_flatten(values)[0] if isinstance(x, Tensor))
 
     def _remember(self, out: Any, node: Node) -> None:
-        self._alive.append(out)
         if isinstance(out, Tensor):
-            self.nodes[id(out)] = node
+            self.name(out, node)
             return
         for index, item in enumerate(out):
             if isinstance(item, Tensor | list | tuple):
