@@ -139,7 +139,7 @@ def enumerated_log_likelihood(
 
 
 # The parameters that a module of ours has registered in the global store.
-_OWNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_OWNED = WeakIdKeyDictionary()
 
 
 def own_parameters(module: Any, params: tuple[str, ...]) -> None:
@@ -159,19 +159,18 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
     stored = pyro.get_param_store()._params
     own = [module._parameters.get(f"{p}_unconstrained") for p in params]
 
-    def is_free(name: str) -> bool:
-        entries = [stored.get(f"{name}.{p}") for p in params]
-        return all(
-            entry is None or entry is mine or entry not in _OWNED
-            for entry, mine in zip(entries, own, strict=True)
-        )
+    def entries(name: str) -> list[tuple[Any, Any]]:
+        return [(stored.get(f"{name}.{p}"), mine) for p, mine in zip(params, own, strict=True)]
 
+    def is_free(name: str) -> bool:
+        return all(e is None or e is mine or e not in _OWNED for e, mine in entries(name))
+
+    if all(e is mine and e in _OWNED for e, mine in entries(module._pyro_name)):
+        return  # the common case, at every step of an optimiser
     base = re.sub(r"_\d+$", "", module._pyro_name)
     numbered = (f"{base}_{i}" for i in itertools.count(1))
     module._pyro_name = next(filter(is_free, itertools.chain([module._pyro_name, base], numbered)))
-    for p in own:
-        if p is not None:
-            _OWNED[p] = True
+    _OWNED.update({mine: True for mine in own if mine is not None})
 
 
 def nuts_state(kernel: Any) -> tuple[float, float]:
@@ -201,3 +200,17 @@ def plate_nesting(
 def scaled_and_masked(value: Tensor, node: Node) -> Tensor:
     """A per-batch-element quantity with the scale and mask of its site applied."""
     return scale_and_mask(value, node["scale"], node["mask"])  # type: ignore[no-any-return]
+
+
+def mcmc_call(mcmc: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of the last ``mcmc.run(...)``; ``None`` where it has not run."""
+    if getattr(mcmc, "_samples", None) is None:
+        return None
+    return tuple(mcmc._args), dict(mcmc._kwargs)
+
+
+def mcmc_divergences(mcmc: Any) -> list[list[int]] | None:
+    """Per chain the draws that ended a divergent transition; ``None`` if the kernel keeps none."""
+    if not all(d and "divergences" in d for d in mcmc._diagnostics):
+        return None
+    return [list(d["divergences"]) for d in mcmc._diagnostics]
