@@ -41,7 +41,7 @@ _FUNCTIONAL = {
 
 
 class GraphFunction:
-    """A function of tensors, captured anew for every set of shapes, dtypes and devices.
+    """A function of tensors, captured anew for every set of shapes, strides, dtypes and devices.
 
     No gradient flows through it; a function that is to be differentiated does so inside.
 
@@ -69,7 +69,7 @@ class GraphFunction:
         self._runners: dict[Any, _Runner] = {}
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        key = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         runner = self._runners.get(key)
         if runner is None:
             start = time.perf_counter()

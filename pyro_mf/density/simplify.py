@@ -24,7 +24,6 @@ _ALIASES = {
     _aten.alias.default,
     _aten.lift_fresh.default,
     _aten.lift_fresh_copy.default,
-    _aten.clone.default,
 }
 # The same value where shape and dtype do not change.
 _RESHAPES = {
@@ -77,7 +76,9 @@ _BINDINGS: dict[Any, Any] = {
     _aten.t.default: torch.t,
     _aten.permute.default: torch.permute,
     _aten.transpose.int: torch.transpose,
-    _aten.view.default: Tensor.view,
+    # Reshape, since dropping a node can change strides and so what a view can do.
+    _aten.view.default: Tensor.reshape,
+    _aten._unsafe_view.default: Tensor.reshape,
     _aten.expand.default: Tensor.expand,
 }
 _MAX_FOLDED_ELEMENTS = 1_000_000
