@@ -10,9 +10,22 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import (
+    AutoDiscreteParallel,
+    AutoGuideList,
+    init_to_feasible,
+    init_to_mean,
+    init_to_median,
+    init_to_sample,
+    init_to_uniform,
+    init_to_value,
+)
 from pyro.infer.enum import config_enumerate
+from pyro.nn import PyroModule, PyroParam, PyroSample
 
-from pyro_mf.guides import AutoMeanField, FactorisedGuide
+from pyro_mf._errors import GuideMismatchError, ModelError
+from pyro_mf.density.prototype import run_prototype
+from pyro_mf.guides import AutoMeanField, FactorisedGuide, check_same_sites
 from tests.cases import MODELS, ModelCase
 
 GUIDES = {"AutoMeanField": AutoMeanField}
@@ -295,3 +308,242 @@ def test_improper_priors_need_no_draw(make):
     guide = make(model).setup()
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(guide.median()["z"], torch.full((2, 3), 1 / 3))
+
+
+# -- models that a guide refuses, and guides that do not fit
+
+
+def no_latents():
+    pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+def only_discrete():
+    pyro.sample("k", dist.Bernoulli(0.5))
+
+
+def unbounded_discrete():
+    pyro.sample("k", dist.Poisson(3.0))
+
+
+def sphere():
+    pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
+
+
+def moving_support():
+    upper = pyro.sample("upper", dist.LogNormal(0.0, 1.0))
+    pyro.sample("z", dist.Uniform(0.0, upper))
+
+
+def subsampled_sequential():
+    for i in pyro.plate("data", 10, subsample_size=3):
+        pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (no_latents, "no latent site"),
+        (only_discrete, r"every latent site of the model is discrete \(\['k'\]\)"),
+        (unbounded_discrete, "'k' .Poisson. is discrete with an unbounded support"),
+        (sphere, "latent site 'direction' .* has support .*Sphere.*no bijection"),
+        (moving_support, "support of latent site 'z' depends on other latent sites"),
+        (subsampled_sequential, "sequential plate 'data', which is subsampled"),
+    ],
+)
+def test_models_without_a_mean_field_guide_are_refused(make, model, match):
+    guide = make(model)
+    with pytest.raises(ModelError, match=match):
+        guide()
+    assert not guide.is_set_up
+
+
+def test_arguments_that_do_not_fit_the_model(make):
+    with pytest.raises(ModelError, match=r"do not fit the model: missing a required argument: 'x'"):
+        make(MODELS["scalar real"].model).setup()
+
+
+def test_a_plate_of_another_size_is_named(make):
+    case = MODELS["real in a plate"]
+    guide, _ = set_up(make, case)
+    with pytest.raises(GuideMismatchError, match="plate 'group' .* size 5, .* set up for size 3"):
+        guide(torch.zeros(5))
+    guide(*case.args())
+
+
+def test_a_site_of_another_shape_is_named(make):
+    def model(x):
+        pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(1))
+
+    guide = make(model).setup(torch.zeros(3))
+    with pytest.raises(GuideMismatchError, match=r"site 'z' has shape \(4,\).*shape \(3,\)"):
+        guide(torch.zeros(4))
+
+
+def test_data_of_another_size_are_fine_where_latents_are_global(make):
+    guide, _ = set_up(make, MODELS["scalar real"])
+    assert guide(torch.zeros(17))["z"].shape == ()
+
+
+def test_a_model_without_its_data_is_no_mismatch(make):
+    def model(n, y=None):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", n):
+            pyro.sample("y", dist.Poisson(z.exp()), obs=y)
+
+    guide = make(model).setup(3, torch.ones(3))
+    draws = Predictive(model, guide=guide, num_samples=4)(5)
+    assert draws["y"].shape == (4, 5)
+
+
+def layout_of(model, *args):
+    return run_prototype(model, args, {})
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (
+            "real in a plate",
+            r"\['mu', 'tau', 'theta'\] missing in the guide; \['z'\] only in the g",
+        ),
+        ("scalar positive", r"\['rate'\] missing"),
+    ],
+)
+def test_a_guide_for_another_model_is_refused(make, other, match):
+    guide, _ = set_up(make, MODELS["scalar real"])
+    case = MODELS[other]
+    with pytest.raises(GuideMismatchError, match=match):
+        check_same_sites(layout_of(case.model, *case.args()).layout, guide.layout)
+
+
+def test_a_model_in_another_order_is_refused(make):
+    def model(first, second):
+        for name in (first, second):
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    guide = make(model).setup("a", "b")
+    assert check_same_sites(layout_of(model, "a", "b").layout, guide.layout) is None
+    with pytest.raises(GuideMismatchError, match="in the order"):
+        check_same_sites(layout_of(model, "b", "a").layout, guide.layout)
+
+
+def test_subsampled_layouts_match_the_full_one(make):
+    for name in ("subsampled plate", "subsample given"):
+        guide, args = set_up(make, MODELS[name])
+        check_same_sites(layout_of(MODELS[name].model, *args).layout, guide.layout)
+
+
+@pytest.mark.parametrize(
+    ("view", "value", "error", "match"),
+    [
+        ("scales", -1.0, ValueError, "scale of site 'z' must be finite and satisfy"),
+        ("scales", float("nan"), ValueError, "must be finite"),
+        ("locs", float("inf"), ValueError, "loc of site 'z' must be finite"),
+        ("locs", torch.zeros(2), ValueError, r"unconstrained shape \(\); got \(2,\)"),
+    ],
+)
+def test_bad_values_for_a_site_are_refused(make, view, value, error, match):
+    guide, _ = set_up(make, MODELS["scalar real"])
+    before = guide.state_dict()
+    with pytest.raises(error, match=match):
+        getattr(guide, view).z = value
+    assert all(torch.equal(before[k], v) for k, v in guide.state_dict().items())
+
+
+def test_other_bad_requests(make):
+    guide, _ = set_up(make, MODELS["scalar real"])
+    with pytest.raises(KeyError, match="w"):
+        guide.locs["w"]
+    with pytest.raises(ValueError, match="has parameters .*'loc', 'scale'.*got 'df'"):
+        guide.site_params("df")
+    with pytest.raises(GuideMismatchError, match=r"\['z'\] are missing from \['w'\]"):
+        guide.log_prob({"w": torch.zeros(())})
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        guide.quantiles([0.0, 0.5])
+    with pytest.raises(ValueError, match="num_draws must be at least 1; got 0"):
+        guide.sample_posterior(0)
+
+
+# -- living with other guides and modules
+
+
+def test_parts_of_a_guide_list(make):
+    case = MODELS["real in a plate"]
+    guide = AutoGuideList(case.model)
+    guide.append(make(poutine.block(case.model, expose=["mu", "tau"])))
+    guide.append(make(poutine.block(case.model, hide=["mu", "tau"])))
+    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    losses = [svi.step(*case.args()) for _ in range(3)]
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert set(guide(*case.args())) == {"mu", "tau", "theta"} == set(guide.median())
+    assert guide.quantiles([0.1, 0.9])["theta"].shape == (2, 3)
+    assert guide[1].loc.shape == (3,)
+    clone = pickle.loads(pickle.dumps(guide))
+    torch.testing.assert_close(clone.median(), guide[0].median() | guide[1].median())
+
+
+def test_beside_a_stock_guide_for_the_discrete_part(make):
+    case = MODELS["discrete summed out"]
+    guide = AutoGuideList(case.model)
+    guide.append(make(poutine.block(case.model, hide=["k"])))
+    guide.append(AutoDiscreteParallel(poutine.block(case.model, expose=["k"])))
+    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.05}), TraceEnum_ELBO(max_plate_nesting=1))
+    assert torch.isfinite(torch.tensor([svi.step(*case.args()) for _ in range(3)])).all()
+
+
+def test_a_bayesian_module(make):
+    class Regression(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = PyroModule[torch.nn.Linear](2, 1)
+            self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+            self.scale = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+
+        def forward(self, x, y=None):
+            mean = self.linear(x).squeeze(-1)
+            with pyro.plate("data", len(x)):
+                return pyro.sample("y", dist.Normal(mean, self.scale), obs=y)
+
+    model, x, y = Regression(), torch.randn(5, 2), torch.randn(5)
+    guide = make(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    scale, bias = model.scale.detach().clone(), model.linear.bias.detach().clone()
+    for _ in range(3):
+        svi.step(x, y)
+    assert guide.locs.linear.weight.shape == (1, 2)
+    assert "_model" in guide.__dict__
+    assert not any(name.startswith("linear") for name, _ in guide.named_parameters())
+    assert model.scale != scale
+    assert (model.linear.bias != bias).all()
+    assert Predictive(model, guide=guide, num_samples=3)(x)["y"].shape == (3, 5)
+
+
+def test_as_a_part_of_a_module(make):
+    class Trainer(PyroModule):
+        def __init__(self, model):
+            super().__init__("trainer")
+            self.guide = make(model)
+
+        def forward(self, *args):
+            return self.guide(*args)
+
+    case = MODELS["scalar positive"]
+    trainer = Trainer(case.model)
+    trainer(*case.args())
+    assert set(pyro.get_param_store().keys()) == {"trainer.guide.loc", "trainer.guide.scale"}
+    assert [name for name, _ in trainer.named_parameters()] == [
+        "guide.loc_unconstrained",
+        "guide.scale_unconstrained",
+    ]
+
+
+def test_starting_points(make):
+    case = MODELS["subsampled plate"]
+    args = case.args()
+    values = {"mu": torch.tensor(2.0), "z": torch.tensor([1.0, 2.0, 3.0, 4.0])}
+    guide = make(case.model, init_loc_fn=init_to_value(values=values)).setup(*args)
+    assert guide.locs.mu.item() == 2.0
+    # A minibatch's start is repeated to the full plate, as Pyro's own guides do.
+    torch.testing.assert_close(guide.median()["z"][:8], torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4]))
+    for init in (init_to_median, init_to_sample, init_to_uniform, init_to_feasible, init_to_mean):
+        assert make(case.model, init_loc_fn=init).setup(*args).layout.size == 11

@@ -51,7 +51,7 @@ def test_psis_agrees_with_arviz(draws, k):
         assert result.khat == pytest.approx(float(khat), abs=1e-8)
         np.testing.assert_allclose(result.log_weights.numpy(), expected, atol=1e-8)
     elif draws >= 100:
-        # ArviZ 1.x negates its input, and above 225 draws counts the tail differently by one or two.
+        # ArviZ 1.x negates its input; above 225 draws its tail differs by a draw or two.
         from arviz_stats.base import array_stats
 
         expected, khat = array_stats.psislw(-log_weights.numpy())
