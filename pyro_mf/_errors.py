@@ -29,3 +29,7 @@ class KhatWarning(UserWarning):
 
 class MinibatchWarning(UserWarning):
     """Draws of a subsampled plate are returned without a word on which elements they are."""
+
+
+class ConversionWarning(UserWarning):
+    """A conversion leaves something out; the message says what and why."""

@@ -7,7 +7,7 @@ and neither ArviZ nor Pyro.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Axes:
             has no plates, and all its axes are kept.
         dims: Names that the user gives to a variable's axes, from the left.
         coords: Labels that the user gives to a dimension.
+        value_shapes: For variables that hold one number per batch element (log likelihoods), the
+            shape of the site's value, whose leading axes they share.
 
     Example:
         >>> axes = Axes({"x": (Plate("row", -2, 4, 4),)}, {"x": 1})
@@ -44,6 +46,7 @@ class Axes:
     event_dims: Mapping[str, int] = field(default_factory=dict)
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    value_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def names(self, variable: str, shape: Sequence[int]) -> tuple[str | None, ...]:
         """A name per axis of one value; ``None`` for a batch axis of size 1 that no plate made.
@@ -55,6 +58,9 @@ class Axes:
         Raises:
             ValueError: If the user names more axes than there are, or one name twice.
         """
+        whole = tuple(self.value_shapes.get(variable, ()))
+        if whole != tuple(shape) and whole[: len(shape)] == tuple(shape):
+            return replace(self, value_shapes={}).names(variable, whole)[: len(shape)]
         num_batch = max(0, len(shape) - self.event_dims.get(variable, len(shape)))
         by_axis = {num_batch + p.dim: p for p in self.plates.get(variable, ())}
         plates = {a: p.name for a, p in by_axis.items() if a >= 0 and shape[a] == p.size}
