@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDiscreteParallel,
@@ -22,18 +23,26 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.enum import config_enumerate
 from pyro.nn import PyroModule, PyroParam, PyroSample
+from torch.distributions import biject_to
 
 from pyro_mf._errors import GuideMismatchError, ModelError
 from pyro_mf.density.prototype import run_prototype
-from pyro_mf.guides import AutoMeanField, FactorisedGuide, check_same_sites
+from pyro_mf.guides import AutoMeanField, FactorisedGuide, check_same_sites, log_importance_weights
 from tests.cases import MODELS, ModelCase
 
 GUIDES = {"AutoMeanField": AutoMeanField}
 
 pytestmark = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES.keys())
-every_model = pytest.mark.parametrize("case", MODELS.values(), ids=MODELS.keys())
-PLAIN = {name: case for name, case in MODELS.items() if case.is_plain}
-plain_models = pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN.keys())
+
+
+def models(keep=lambda case: True):
+    """Run a test on every model of the registry, or on those that a condition keeps."""
+    chosen = {name: case for name, case in MODELS.items() if keep(case)}
+    return pytest.mark.parametrize("case", chosen.values(), ids=chosen.keys())
+
+
+every_model = models()
+plain_models = models(lambda case: case.is_plain)
 
 
 def set_up(make, case: ModelCase):
@@ -120,27 +129,33 @@ def test_traced_log_density_is_log_prob_of_the_values(make, case):
     torch.testing.assert_close(replayed.log_prob_sum(), guide.log_prob(other))
 
 
-@plain_models
-@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
-def test_svi_with_vectorised_particles(make, case, loss):
+@models(lambda case: not case.is_subsampled)
+def test_particles_are_scored_one_by_one(make, case):
     guide, args = set_up(make, case)
-    nesting = max([-p.dim for s in guide.layout.sites for p in s.plates] + [1])
-    elbo = loss(num_particles=6, vectorize_particles=True, max_plate_nesting=max(nesting, 2))
+    nesting = max([-p.dim for s in guide.layout.sites for p in s.plates], default=0)
+    with pyro.plate("particles", 4, dim=-nesting - 1):
+        trace = poutine.trace(guide).get_trace(*args)
+    trace.compute_log_prob()
+    total, values = 0.0, {}
+    for name, node in latents_of(trace).items():
+        total = total + node["log_prob"].reshape(4, -1).sum(-1)
+        values[name] = node["value"].detach().reshape(4, *guide.layout[name].shape)
+    torch.testing.assert_close(total, guide.log_prob(values))
+
+
+@models(lambda case: not case.has_discrete)
+@pytest.mark.parametrize("loss", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("vectorize", [False, True], ids=["one by one", "vectorised"])
+def test_svi(make, case, loss, vectorize):
+    guide, args = set_up(make, case)
+    elbo = loss(num_particles=6, vectorize_particles=vectorize, max_plate_nesting=2)
     svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), loss=elbo)
     before = {name: p.detach().clone() for name, p in guide.named_parameters()}
     assert isinstance(svi.step(*args), float)
     for name, p in guide.named_parameters():
         assert torch.isfinite(p).all()
-        assert (p != before[name]).all(), f"{name} did not move everywhere"
-
-
-@pytest.mark.parametrize("name", ["improper prior", "subsampled plate", "subsample given"])
-def test_svi_where_particles_are_not_vectorised(make, name):
-    case = MODELS[name]
-    guide, args = set_up(make, case)
-    svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO(num_particles=2))
-    losses = [svi.step(*args) for _ in range(3)]
-    assert torch.isfinite(torch.tensor(losses)).all()
+        if not case.is_subsampled:
+            assert (p != before[name]).all(), f"{name} did not move everywhere"
 
 
 def test_discrete_latents_are_left_to_the_objective(make):
@@ -161,8 +176,6 @@ def test_discrete_latents_are_left_to_the_objective(make):
 @pytest.mark.parametrize("parallel", [False, True])
 def test_predictive(make, case, parallel):
     guide, args = set_up(make, case)
-    if case is MODELS["sequential plate"] and parallel:
-        pytest.skip("Pyro's parallel Predictive cannot add a plate outside a sequential one")
     draws = Predictive(case.model, guide=guide, num_samples=4, parallel=parallel)(*args)
     for site in guide.layout.sites:
         assert draws[site.name].reshape(4, -1).shape == (4, site.shape.numel())
@@ -302,12 +315,69 @@ def test_nested_names_are_reached_by_attributes(make):
 
 def test_improper_priors_need_no_draw(make):
     def model():
-        pyro.sample("z", dist.ImproperUniform(dist.constraints.simplex, (2,), (3,)))
+        pyro.sample("z", dist.ImproperUniform(constraints.simplex, (2,), (3,)))
 
     state = torch.get_rng_state()
     guide = make(model).setup()
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(guide.median()["z"], torch.full((2, 3), 1 / 3))
+
+
+# -- identities
+
+
+SUPPORTS = {
+    "real": (constraints.real, 0),
+    "positive": (constraints.positive, 0),
+    "unit interval": (constraints.unit_interval, 0),
+    "interval": (constraints.interval(-2.0, 3.0), 0),
+    "greater than": (constraints.greater_than(1.5), 0),
+    "less than": (constraints.less_than(-1.0), 0),
+    "simplex": (constraints.simplex, 1),
+    "ordered": (constraints.ordered_vector, 1),
+    "positive ordered": (constraints.positive_ordered_vector, 1),
+    "correlation Cholesky": (constraints.corr_cholesky, 1),
+    "correlation matrix": (constraints.corr_matrix, 1),
+}
+
+
+class Pushforward(dist.TransformedDistribution):
+    """A distribution on a support; torch's own forgets the support of composed transforms."""
+
+    def __init__(self, base, on):
+        self.on = on
+        super().__init__(base, [biject_to(on)])
+
+    @constraints.dependent_property
+    def support(self):
+        return self.on
+
+    def expand(self, batch_shape, _instance=None):
+        new = self._get_checked_instance(Pushforward, _instance)
+        new.on = self.on
+        return super().expand(batch_shape, _instance=new)
+
+
+@pytest.mark.parametrize(("support", "event_dim"), SUPPORTS.values(), ids=SUPPORTS.keys())
+def test_weights_are_the_evidence_where_q_is_the_posterior(make, support, event_dim):
+    """One identity for bijection, Jacobian, plates, model density and guide density together."""
+    transform = biject_to(support)
+
+    def model(x):
+        with pyro.plate("data", 2):
+            base = dist.Normal(torch.zeros(x.shape), 2.0).to_event(event_dim)
+            value = pyro.sample("value", Pushforward(base, support))
+            u = transform.inv(value)
+            pyro.sample("x", dist.Normal(u, 1.0).to_event(event_dim), obs=x)
+
+    x = torch.randn(2, 3) if event_dim else torch.randn(2)
+    guide = make(model).setup(x)
+    guide.locs.value, guide.scales.value = 0.8 * x, 0.8**0.5
+    evidence = dist.Normal(0.0, 5.0**0.5).log_prob(x).sum()
+    weights = log_importance_weights(model, guide, (x,), num_draws=20)
+    torch.testing.assert_close(weights, evidence.expand(20), rtol=0, atol=1e-9)
+    loss = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    assert loss.loss(model, guide, x) == pytest.approx(-evidence.item(), abs=1e-9)
 
 
 # -- models that a guide refuses, and guides that do not fit
@@ -323,6 +393,10 @@ def only_discrete():
 
 def unbounded_discrete():
     pyro.sample("k", dist.Poisson(3.0))
+
+
+def covariance():
+    pyro.sample("sigma", dist.Wishart(torch.tensor(5.0), torch.eye(3)))
 
 
 def sphere():
@@ -345,6 +419,7 @@ def subsampled_sequential():
         (no_latents, "no latent site"),
         (only_discrete, r"every latent site of the model is discrete \(\['k'\]\)"),
         (unbounded_discrete, "'k' .Poisson. is discrete with an unbounded support"),
+        (covariance, "latent site 'sigma' .Wishart. has support PositiveDefinite.*no bijection"),
         (sphere, "latent site 'direction' .* has support .*Sphere.*no bijection"),
         (moving_support, "support of latent site 'z' depends on other latent sites"),
         (subsampled_sequential, "sequential plate 'data', which is subsampled"),
@@ -497,7 +572,7 @@ def test_a_bayesian_module(make):
             super().__init__()
             self.linear = PyroModule[torch.nn.Linear](2, 1)
             self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
-            self.scale = PyroParam(torch.tensor(1.0), dist.constraints.positive)
+            self.scale = PyroParam(torch.tensor(1.0), constraints.positive)
 
         def forward(self, x, y=None):
             mean = self.linear(x).squeeze(-1)
