@@ -214,9 +214,7 @@ def registered_module_and_params() -> CaptureCase:
 
     def model(x: Tensor, y: Tensor) -> None:
         pyro.module("net", net)
-        width = pyro.param(
-            "width", torch.tensor(0.5), constraint=dist.constraints.positive
-        )
+        width = pyro.param("width", torch.tensor(0.5), constraint=dist.constraints.positive)
         loc = pyro.sample("loc", dist.Normal(0.0, width))
         with pyro.plate("n", N):
             pyro.sample("y", dist.Normal(net(x).squeeze(-1) + loc, 1.0), obs=y)

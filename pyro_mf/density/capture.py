@@ -111,9 +111,9 @@ class _Runner:
             )
             return
         try:
-            compiled = torch.compile(self._run, dynamic=False)
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's own, about its own choices
+                compiled = torch.compile(self._run, dynamic=False)
                 compiled(*tensors)
         except Exception as error:
             warnings.warn(

@@ -16,6 +16,7 @@ from torch.distributions import biject_to
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.density.sites import Layout, Plate
+from pyro_mf.density.tracing import without_validation
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,18 @@ def run_prototype(
             msg["value"] = value_at_zero(msg)
             msg["done"] = True
 
-    with torch.no_grad(), poutine.block(), pyro.validation_enabled(True), _pyro.substitute(at_zero):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    try:
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(True):
+            with _pyro.substitute(at_zero):
+                trace = poutine.trace(model).get_trace(*args, **kwargs)
+    except ModelError:
+        raise
+    except ValueError as error:
+        reason = str(error).split("Trace Shapes")[0].strip()
+        raise ModelError(
+            f"the model cannot be run at its starting point (latents at the unconstrained zero)"
+            f"{_describe_arguments(args, kwargs)}: {reason}"
+        ) from error
     nodes = {
         name: node
         for name, node in trace.nodes.items()
@@ -154,26 +165,27 @@ def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     for name, node in trace.nodes.items():
         if not is_data(node):
             continue
-        try:
-            with torch.no_grad(), pyro.validation_enabled(True):
-                log_prob = node["fn"].log_prob(node["value"])
-        except ValueError as error:
-            raise ModelError(
-                f"observed site '{name}' ({type(node['fn']).__name__}) cannot score its data: "
-                f"{error} Check the values, shape and dtype given as `obs=`."
-            ) from error
+        value = node["value"]
+        with torch.no_grad():
+            log_prob = without_validation(node["fn"]).log_prob(value)
         if node["mask"] is not None:
             log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
-        value = node["value"]
-        if torch.isnan(log_prob).any() or (
-            torch.isinf(log_prob).any() and value.is_floating_point() and value.isinf().any()
-        ):
+        is_infinite = value.is_floating_point() and bool(value.isinf().any())
+        if torch.isnan(log_prob).any() or (is_infinite and torch.isinf(log_prob).any()):
             raise ModelError(
                 f"observed site '{name}' has a log probability that is not finite at "
                 f"{int((~torch.isfinite(log_prob)).sum())} of {log_prob.numel()} elements; its data"
                 f" hold {_describe(value)}{_describe_arguments(args, kwargs)}. "
                 "Remove or mask the missing values (poutine.mask)."
             )
+        try:
+            with torch.no_grad():
+                node["fn"].log_prob(value)
+        except ValueError as error:
+            raise ModelError(
+                f"observed site '{name}' ({type(node['fn']).__name__}) cannot score its data: "
+                f"{error} Check the values, shape and dtype given as `obs=`."
+            ) from error
 
 
 def value_at_zero(msg: Any) -> Tensor:

@@ -40,13 +40,16 @@ class TracingMode(TorchFunctionMode):
         self._dependent: dict[int, Tensor] = {id(t): t for t in (*values, *inputs)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(
-            Tensor, lambda t: self._table.get(id(t), t), (args, kwargs or {})
-        )
+        kwargs = kwargs or {}
+        if func == _DATA:
+            func = Tensor.detach
+        if getattr(func, "__name__", "") == "__get__":
+            attribute = func(*args, **kwargs)
+            if not isinstance(attribute, Tensor):
+                return attribute  # requires_grad and the like stay those of the parameter
+        args, kwargs = tree_map_only(Tensor, lambda t: self._table.get(id(t), t), (args, kwargs))
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         if any(id(t) in self._dependent for t in tensors):
-            if func == _DATA:
-                func = Tensor.detach
             out = func(*args, **kwargs)
             self._mark(out)
             if _is_in_place(func, kwargs):
