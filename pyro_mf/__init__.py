@@ -1,5 +1,68 @@
-"""Mean-field variational inference for Pyro."""
+"""Mean-field variational inference for Pyro.
+
+A guide (:class:`AutoMeanField`), an objective for stock ``SVI`` (:class:`ReverseKL`), the model as
+a captured density (:class:`LogJoint`), NUTS on it (:func:`run_nuts`), ArviZ results
+(:func:`from_pyro`, :func:`from_pyro_svi`), and the comparison of the two
+(:func:`compare_posteriors`, :func:`plot_comparison`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pyro_mf._errors import (
+    CaptureWarning,
+    GuideMismatchError,
+    KhatWarning,
+    ModelError,
+    NonFiniteError,
+)
+from pyro_mf.baselines import NUTSResult, run_nuts
+from pyro_mf.density import LogJoint
+from pyro_mf.guides import AutoMeanField
+from pyro_mf.objectives import ReverseKL
+
+if TYPE_CHECKING:
+    from pyro_mf.compare import PosteriorComparison, compare_posteriors
+    from pyro_mf.convert import from_pyro, from_pyro_svi
+    from pyro_mf.plots import plot_comparison
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "AutoMeanField",
+    "CaptureWarning",
+    "GuideMismatchError",
+    "KhatWarning",
+    "LogJoint",
+    "ModelError",
+    "NUTSResult",
+    "NonFiniteError",
+    "PosteriorComparison",
+    "ReverseKL",
+    "compare_posteriors",
+    "from_pyro",
+    "from_pyro_svi",
+    "plot_comparison",
+    "run_nuts",
+]
+
+# These rooms import xarray, which takes half a second that a fit does not need.
+_LAZY = {
+    "PosteriorComparison": "pyro_mf.compare",
+    "compare_posteriors": "pyro_mf.compare",
+    "from_pyro": "pyro_mf.convert",
+    "from_pyro_svi": "pyro_mf.convert",
+    "plot_comparison": "pyro_mf.plots",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pyro_mf' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,15 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.stem)
 def test_example_runs_and_saves_its_picture(script, tmp_path):
     run = subprocess.run(
-        [sys.executable, "-W", "error::pyro_mf.KhatWarning", str(script), "--smoke", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-W",
+            "error::pyro_mf.KhatWarning",
+            str(script),
+            "--smoke",
+            "--out",
+            str(tmp_path),
+        ],
         capture_output=True,
         text=True,
         check=False,

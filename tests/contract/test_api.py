@@ -6,15 +6,38 @@ import pytest
 
 import pyro_mf as mf
 
-PUBLIC = {"__version__"}
+CALLABLE = {
+    "AutoMeanField",
+    "LogJoint",
+    "ReverseKL",
+    "compare_posteriors",
+    "from_pyro",
+    "from_pyro_svi",
+    "plot_comparison",
+    "run_nuts",
+}
+RETURNED = {"NUTSResult", "PosteriorComparison"}
+RAISED = {"ModelError", "GuideMismatchError", "NonFiniteError"}
+WARNED = {"CaptureWarning", "KhatWarning"}
 
 
 def test_public_names_are_exactly_these():
-    assert set(mf.__all__) == PUBLIC
+    assert set(mf.__all__) == CALLABLE | RETURNED | RAISED | WARNED
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
-def test_every_public_item_has_a_docstring_with_an_example(name):
+@pytest.mark.parametrize("name", sorted(mf.__all__))
+def test_every_public_name_is_there_and_listed(name):
+    assert getattr(mf, name).__name__ == name
+    assert name in dir(mf)
+
+
+@pytest.mark.parametrize("name", sorted(CALLABLE))
+def test_every_public_item_shows_an_example(name):
     doc = inspect.getdoc(getattr(mf, name))
     assert doc, f"{name} has no docstring"
     assert ">>>" in doc, f"{name} shows no example"
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'pyro_mf' has no attribute 'ForwardELBO'"):
+        _ = mf.ForwardELBO
