@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from torch import Tensor
+from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.protocol import Params
@@ -39,8 +38,8 @@ class Normal:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Real and positive; the scale through softplus, as in Pyro's own ``AutoNormal``."""
-        return (constraints.real, constraints.softplus_positive)
+        """Real and positive."""
+        return (constraints.real, constraints.positive)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """Take location and scale as they are."""
@@ -76,10 +75,10 @@ class Normal:
         standard: Tensor = torch.special.ndtri(p.to(loc.dtype))
         return loc + scale * standard
 
-    def distribution(self, params: Params) -> dist.Normal:
+    def distribution(self, params: Params) -> Distribution:
         """A Normal with batch shape that of the parameters."""
         loc, scale = params
-        return dist.Normal(loc, scale)
+        return torch.distributions.Normal(loc, scale)
 
     def fit_weighted(self, u: Tensor, log_weights: Tensor) -> Params:
         """Match the weighted mean and standard deviation, the forward KL's optimum."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 Params: TypeAlias = tuple[Tensor, ...]
@@ -71,7 +71,7 @@ class Family(Protocol):
         """Value below which the probability is ``p``; ``p`` broadcasts against ``(D,)``."""
         ...
 
-    def distribution(self, params: Params) -> TorchDistribution:
+    def distribution(self, params: Params) -> Distribution:
         """The factors as one distribution whose batch shape is that of the parameters."""
         ...
 

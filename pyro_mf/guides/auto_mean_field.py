@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
@@ -112,7 +114,8 @@ class AutoMeanField(FlatGuide):
         for flat in params:
             value = flat[site.start : site.stop].reshape(site.unconstrained_shape)
             cut.append(self._minibatch.take(value, site, plates))
-        base = self.family.distribution(tuple(cut)).to_event(site.unconstrained_event_dim)
+        base = _as_pyro(self.family.distribution(tuple(cut)))
+        base = base.to_event(site.unconstrained_event_dim)
         if site.is_real:
             return base  # a plain factor, so that analytic KL divergences apply
         # The cache gives log_prob of a draw the very u it came from, where inverting is inexact.
@@ -146,7 +149,7 @@ class AutoMeanField(FlatGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The guide as one distribution over the flat unconstrained vector ``(D,)``."""
-        return self.family.distribution(self.flat_params()).to_event(1)
+        return _as_pyro(self.family.distribution(self.flat_params())).to_event(1)
 
     def log_prob_unconstrained(self, z: Tensor) -> Tensor:
         """Log density of flat unconstrained vectors.
@@ -250,6 +253,19 @@ class AutoMeanField(FlatGuide):
         if not bool(((p > 0) & (p < 1)).all()):
             raise ValueError(f"quantiles must lie strictly between 0 and 1; got {listed}.")
         return layout.constrain(self.family.quantile(params, p))
+
+
+def _as_pyro(distribution: Any) -> Any:
+    """The same distribution in Pyro's class, for ``pyro.sample``; families are pure torch."""
+    wrapped: Any = object.__new__(_pyro_class(distribution.__class__))
+    wrapped.__dict__.update(vars(distribution))
+    return wrapped
+
+
+@cache
+def _pyro_class(torch_class: Any) -> Any:
+    wrapped = getattr(dist, torch_class.__name__, None)
+    return wrapped or type(torch_class.__name__, (torch_class, TorchDistributionMixin), {})
 
 
 def _call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn.module import PyroParam, pyro_method
 from torch import Tensor
@@ -129,7 +130,7 @@ class FlatGuide(AutoGuide):
             return
         _pyro.own_parameters(self, names)
         values = self.family.init(start.loc, torch.full_like(start.loc, self._init_scale))
-        for name, value, constraint in zip(names, values, self.family.constraints, strict=True):
+        for name, value, constraint in zip(names, values, self._constraints(), strict=True):
             setattr(self, name, PyroParam(value, constraint))
         _pyro.own_parameters(self, names)
         self._check_sizes(start.layout)
@@ -183,7 +184,7 @@ class FlatGuide(AutoGuide):
         """
         index = self.family.param_names.index(param)
         flat = self.flat_params()[index]
-        constraint = self.family.constraints[index]
+        constraint = self._constraints()[index]
         try:
             value = value.detach().to(flat).expand(site.unconstrained_shape)
         except RuntimeError:
@@ -199,6 +200,13 @@ class FlatGuide(AutoGuide):
         with torch.no_grad():
             leaf = self.get_parameter(f"{param}_unconstrained")
             leaf[site.start : site.stop] = transform_to(constraint).inv(value).reshape(-1)
+
+    def _constraints(self) -> list[constraints.Constraint]:
+        """How parameters are stored: positive ones through softplus, as in Pyro's AutoNormal."""
+        return [
+            constraints.softplus_positive if c is constraints.positive else c
+            for c in self.family.constraints
+        ]
 
     def _check_sizes(self, layout: Layout) -> None:
         for name in self.family.param_names:
@@ -233,7 +241,7 @@ class FlatGuide(AutoGuide):
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None:
             self.set_extra_state(extra)  # refuse before anything is overwritten
-        for name, constraint in zip(self.family.param_names, self.family.constraints, strict=True):
+        for name, constraint in zip(self.family.param_names, self._constraints(), strict=True):
             saved = state_dict.get(f"{prefix}{name}_unconstrained")
             if saved is not None and not self.is_set_up:
                 setattr(self, name, PyroParam(transform_to(constraint)(saved), constraint))
