@@ -145,7 +145,8 @@ class ModelFunction:
             # The support may depend on the data, so it is read here and not from the prototype.
             transform = biject_to(msg["fn"].support)
             value = transform(unconstrained[name])
-            log_det.append(transform.log_abs_det_jacobian(unconstrained[name], value).sum())
+            jacobian = transform.log_abs_det_jacobian(unconstrained[name], value).sum()
+            log_det.append(jacobian * self._sites[name].plate_scale)
             msg["value"], msg["done"] = value, True
 
         return at_sample

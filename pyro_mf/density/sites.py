@@ -85,6 +85,11 @@ class Site:
         return self.event_dim + len(self.unconstrained_shape) - len(self.shape)
 
     @property
+    def plate_scale(self) -> float:
+        """How many elements of the full plates each element of a minibatch stands for."""
+        return math.prod(p.full_size / p.size for p in self.plates)
+
+    @property
     def is_real(self) -> bool:
         """Whether the unconstrained axis is the model's own."""
         return _base_constraint(self.support) is constraints.real
@@ -181,12 +186,7 @@ class Layout:
 
     def plate_scale(self) -> Tensor:
         """Per element, how many elements of the full plate it stands for, shape ``(D,)``."""
-        return torch.cat(
-            [
-                torch.full((s.size,), math.prod(p.full_size / p.size for p in s.plates))
-                for s in self.sites
-            ]
-        )
+        return torch.cat([torch.full((s.size,), s.plate_scale) for s in self.sites])
 
     def element_names(self) -> list[str]:
         """A readable name per element of the flat vector, such as ``theta[3]``."""

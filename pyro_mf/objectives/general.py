@@ -35,9 +35,21 @@ def traced_elbo(
         ModelError: If the guide has a site without reparameterised draws.
         NonFiniteError: If some site's log probability is not finite.
     """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    log_joint = _log_joint(model, guide_trace, args, kwargs, max_plate_nesting)
-    return log_joint + _entropy(guide, guide_trace, args, kwargs, entropy)
+    def estimate() -> Tensor:
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        log_joint = _log_joint(model, guide_trace, args, kwargs, max_plate_nesting)
+        return log_joint + _entropy(guide, guide_trace, args, kwargs, entropy)
+
+    try:
+        return estimate()
+    except (GuideMismatchError, ModelError):
+        raise
+    except ValueError:
+        # Validation stops at the first NaN it meets, with a distribution's name; the site that made
+        # it is found without.
+        with pyro.validation_enabled(False):
+            estimate()
+        raise
 
 
 def _log_joint(

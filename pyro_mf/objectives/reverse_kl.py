@@ -100,7 +100,7 @@ class ReverseKL(ELBO):
         total = self._general_loss(model, guide, args, kwargs)
         if total.requires_grad:
             _backward_if_finite(total)
-        return float(total)
+        return float(total.detach())
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Estimate the negative ELBO in nats as a tensor that can be differentiated once."""
