@@ -109,6 +109,10 @@ class AutoMeanField(FlatGuide):
                 result[site.name] = pyro.sample(site.name, self._factor(site, params, plates))
         return result
 
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        self._calls.add(_call_key(args, kwargs))
+
     def _factor(self, site: Site, params: tuple[Tensor, ...], plates: Mapping[str, Any]) -> Any:
         cut = []
         for flat in params:
@@ -123,9 +127,9 @@ class AutoMeanField(FlatGuide):
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         def ask_model(names: frozenset[str]) -> dict[str, Tensor]:
-            if self._model is None:  # unpickled
-                return {}
-            return model_indices(self.model, self.layout, args, kwargs, names)
+            if self._model is None and not names & self._minibatch.given:
+                return {}  # unpickled, without a model: draw a minibatch, as stock guides do
+            return model_indices(self._whole_model(), self.layout, args, kwargs, names)
 
         if self.master is not None:
             self.plates = super()._create_plates(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -114,7 +114,7 @@ class FlatGuide(AutoGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        start = start_guide(self.model, self.init_loc_fn, args, kwargs)
+        start = start_guide(self.model, self._whole_model(), self.init_loc_fn, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(start.trace)
         self._create_params(start)
@@ -122,6 +122,10 @@ class FlatGuide(AutoGuide):
         self._minibatch = start.minibatch
         self._prototype_frames = start.frames
         self.prototype_trace = start.trace
+
+    def _whole_model(self) -> Model:
+        """In an ``AutoGuideList`` the list's model: blocking may hide plates in a member's own."""
+        return self.model if self.master is None else self.master().model
 
     def _create_params(self, start: Start) -> None:
         names = self.family.param_names

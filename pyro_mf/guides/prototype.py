@@ -58,9 +58,20 @@ def init_to_origin(site: Any = None) -> Any:
 
 
 def start_guide(
-    model: Model, init_loc_fn: InitFn, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: Model,
+    whole_model: Model,
+    init_loc_fn: InitFn,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Start:
     """Run the model and decide where a guide's parameters live and start.
+
+    Args:
+        model: The guide's model, in a list of guides often a part of one with the rest blocked.
+        whole_model: The list's model, which shows plates that blocking hides; else the same.
+        init_loc_fn: Per-site initial value in the model's space.
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
 
     Raises:
         ModelError: If the model or its arguments are bad (see ``run_prototype``), if nothing is
@@ -75,6 +86,8 @@ def start_guide(
             "left for a mean-field guide once they are summed out."
         )
     trace, given = _trace_latents(model, layout, init_loc_fn, args, kwargs)
+    if whole_model is not model:
+        _, given = _trace_latents(whole_model, layout, init_to_origin, args, kwargs)
     _check_supports_are_fixed(model, layout, trace, args, kwargs)
     frames = {}
     for site in layout.sites:
@@ -194,7 +207,7 @@ def _check_supports_are_fixed(
     Raises:
         ModelError: If a support moves when other latents do.
     """
-    if not any(_has_tensor_bounds(site) for site in layout.sites):
+    if not any(map(_has_tensor_bounds, layout.sites)):
         return
 
     def elsewhere(msg: Any) -> Tensor:
@@ -214,6 +227,7 @@ def _check_supports_are_fixed(
 
 
 def _has_tensor_bounds(site: Site) -> bool:
+    """Whether a support's bounds are tensors, and so may change from one run to the next."""
     support = site.support
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

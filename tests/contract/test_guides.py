@@ -227,10 +227,14 @@ def test_copies_work_and_leave_the_live_guide_alone(make, case):
     assert guide.model is case.model
     for name, clone in made.items():
         torch.testing.assert_close(clone.median(), before, rtol=0, atol=0, msg=name)
-        assert list(clone(*args)) == list(before)
+        # Without its model a guide cannot ask for the indices that the caller gave.
+        runs = name == "deepcopy" or case is not MODELS["subsample given"]
+        if runs:
+            assert list(clone(*args)) == list(before)
         with torch.no_grad():
             clone.loc_unconstrained.add_(1.0)
-        clone(*args)
+        if runs:
+            clone(*args)
         torch.testing.assert_close(guide.median(), before, rtol=0, atol=0, msg=name)
     guide(*args)
     torch.testing.assert_close(guide.median(), before, rtol=0, atol=0)

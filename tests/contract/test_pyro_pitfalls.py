@@ -445,6 +445,31 @@ def test_p8a_guide_lists_that_draw_other_indices_are_refused():
     torch.testing.assert_close(guide(x, index)["z"], index.double(), atol=1e-4, rtol=0)
 
 
+def test_p8a_blocked_parts_of_a_list_are_checked_too():
+    def model(x, index):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", SIZE, subsample=index):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoGuideList(model)
+    guide.append(AutoNormal(poutine.block(model, expose=["mu"])))
+    guide.append(AutoMeanField(poutine.block(model, expose=["z"])))
+    with pytest.raises(GuideMismatchError, match="given the indices of plate 'data'"):
+        guide(torch.zeros(BATCH), torch.tensor([3, 1, 9, 0, 5]))
+
+
+def test_p8a_a_pickled_guide_does_not_draw_indices_that_were_given():
+    x = torch.zeros(BATCH)
+    index = torch.tensor([3, 1, 9, 0, 5])
+    clone = pickle.loads(pickle.dumps(AutoMeanField(local_model).setup(x, index)))
+    with pytest.raises(GuideNotSetUpError, match="pickled without its model"):
+        clone(x, index)
+    x = torch.linspace(0.1, 3.0, SIZE)
+    clone = pickle.loads(pickle.dumps(AutoMeanField(random_model).setup(x)))
+    assert clone(x)["z"].shape == (BATCH,)
+
+
 def test_p8e_khat_of_a_minibatch_is_refused():
     x = torch.linspace(0.1, 3.0, SIZE)
     with pytest.raises(ModelError, match="subsamples plate 'data'"):
