@@ -16,7 +16,7 @@ from typing import Any
 
 import pyro
 import torch
-from opt_einsum import shared_intermediates
+from opt_einsum import shared_intermediates  # type: ignore[import-untyped]
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer.enum import config_enumerate
@@ -30,7 +30,8 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-Node = dict[str, Any]
+Node = Any
+"""One site of a trace, a dictionary."""
 
 
 def is_subsample(node: Node) -> bool:
@@ -59,7 +60,7 @@ def param_leaf(node: Node) -> Tensor:
     leaf = getattr(value, "_pyro_unconstrained_param", None)
     if leaf is None:
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-    return leaf
+    return leaf  # type: ignore[no-any-return]
 
 
 def is_current_leaf(name: str, leaf: Tensor, model: Any) -> bool:
@@ -174,7 +175,7 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
 
 
 def nuts_state(kernel: Any) -> tuple[float, float]:
-    """Log joint at a NUTS kernel's current draw, and the phase's mean acceptance statistic so far."""
+    """Log joint at a NUTS kernel's current draw, and the phase's mean acceptance so far."""
     return -float(kernel._potential_energy_last), float(kernel._mean_accept_prob)
 
 
@@ -186,7 +187,7 @@ def plate_nesting(
         trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
     return max(
         (
-            -frame.dim
+            -(frame.dim or 0)
             for nodes in (trace.nodes, guide_trace.nodes)
             for node in nodes.values()
             if node["type"] == "sample"

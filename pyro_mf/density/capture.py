@@ -69,6 +69,7 @@ class GraphFunction:
         self._runners: dict[Any, _Runner] = {}
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the function; the first call with tensors of this kind captures it."""
         key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
         runner = self._runners.get(key)
         if runner is None:
@@ -140,7 +141,11 @@ def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
 
 
 def check_backend(backend: str) -> Backend:
-    """Return ``backend`` or raise a ``ValueError`` that names the choices."""
+    """Return ``backend``.
+
+    Raises:
+        ValueError: If there is no such backend; names the choices.
+    """
     for known in BACKENDS:
         if backend == known:
             return known

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_mf import _pyro
+from pyro_mf.density.capture import capture_graph
 from pyro_mf.density.model_function import Inputs
-from pyro_mf.density.program import Program
+from pyro_mf.density.program import Mode, Program
 from pyro_mf.density.prototype import Prototype, is_data
 from pyro_mf.density.sites import Plate
 
@@ -64,7 +65,7 @@ def evaluate(program: Program, z: Tensor, inputs: Inputs) -> Evaluation:
         trace, _ = function.trace(z[0], inputs)
         for name in prototype.observed:
             observed[name] = trace.nodes[name]["value"].detach()
-        parts = [_batched(one, chunk, program) for chunk in z.split(_chunk_size(trace))]
+        parts = [_batched(one, chunk, program.mode) for chunk in z.split(_chunk_size(trace))]
     joined: dict[str, dict[str, Tensor]] = {
         group: {name: torch.cat([p[group][name] for p in parts]) for name in parts[0][group]}
         for group in parts[0]
@@ -102,14 +103,12 @@ def _collect(trace: Any, log_det: Tensor, prototype: Prototype) -> dict[str, dic
     }
 
 
-def _log_likelihood(
-    trace: Any, nodes: dict[str, Any], prototype: Prototype
-) -> dict[str, Tensor]:
+def _log_likelihood(trace: Any, nodes: dict[str, Any], prototype: Prototype) -> dict[str, Tensor]:
     if prototype.discrete:
         return _pyro.enumerated_log_likelihood(
             trace, prototype.observed, prototype.discrete, prototype.max_plate_nesting
         )
-    return {name: nodes[name]["unscaled_log_prob"] * _mask(nodes[name]) for name in prototype.observed}
+    return {n: nodes[n]["unscaled_log_prob"] * _mask(nodes[n]) for n in prototype.observed}
 
 
 def _mask(node: Any) -> Any:
@@ -117,19 +116,29 @@ def _mask(node: Any) -> Any:
 
 
 def _batched(
-    one: Callable[[Tensor], dict[str, dict[str, Tensor]]], rows: Tensor, program: Program
+    one: Callable[[Tensor], dict[str, dict[str, Tensor]]], rows: Tensor, mode: Mode
 ) -> dict[str, dict[str, Tensor]]:
-    if program.is_checked and program.mode == "vmap":
-        return torch.func.vmap(one)(rows)  # type: ignore[no-any-return]
-    single = [one(row) for row in rows]
-    return {
-        group: {name: torch.stack([s[group][name] for s in single]) for name in single[0][group]}
-        for group in single[0]
-    }
+    first = one(rows[0])
+    names = [(group, name) for group in first for name in first[group]]
+
+    def flat(row: Tensor) -> tuple[Tensor, ...]:
+        out = one(row)
+        return tuple(out[group][name] for group, name in names)
+
+    if mode == "vmap":
+        columns = torch.func.vmap(flat)(rows)
+    elif mode == "graph":
+        columns = torch.func.vmap(capture_graph(flat, (rows[0],)))(rows)
+    else:
+        columns = tuple(map(torch.stack, zip(*map(flat, rows), strict=True)))
+    joined: dict[str, dict[str, Tensor]] = {group: {} for group in first}
+    for (group, name), column in zip(names, columns, strict=True):
+        joined[group][name] = column
+    return joined
 
 
 def _chunk_size(trace: Any) -> int:
-    elements = sum(
+    elements: int = sum(
         node["value"].numel() for node in trace.nodes.values() if node["type"] == "sample"
     )
     return max(1, _CHUNK_ELEMENTS // max(1, elements))

@@ -12,7 +12,7 @@ from pyro_mf._errors import ModelError
 from pyro_mf.density.capture import Backend, PureFunction
 from pyro_mf.density.evaluation import Evaluation, evaluate
 from pyro_mf.density.model_function import Inputs
-from pyro_mf.density.program import Batch, Program, value_and_gradients
+from pyro_mf.density.program import Batch, Mode, Program, value_and_gradients
 from pyro_mf.density.sites import Layout
 
 
@@ -27,7 +27,8 @@ class LogJoint:
         model: A Pyro model.
         model_args: Its positional arguments (data).
         model_kwargs: Its keyword arguments.
-        backend: ``"auto"`` (graph, compiled when that pays), ``"graph"``, ``"compile"``, ``"eager"``.
+        backend: ``"auto"`` (a graph, compiled when that pays), ``"graph"``, ``"compile"`` or
+            ``"eager"``.
 
     Raises:
         ModelError: If the model has no latent sites, data or arguments are bad, a latent cannot be
@@ -76,7 +77,7 @@ class LogJoint:
         return self.layout.size
 
     @property
-    def tier(self) -> str:
+    def tier(self) -> Mode:
         """How the density runs: ``"vmap"``, ``"graph"``, ``"loop"`` (captured) or ``"eager"``."""
         if not self.program.is_checked:
             self.value_and_grad(torch.zeros(1, self.size, dtype=self.dtype, device=self.device))
@@ -117,6 +118,7 @@ class LogJoint:
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Run the model at each row of ``(S, D)`` and collect everything it computes."""
+        _ = self.tier  # how to vectorise is known from the first capture on
         return evaluate(self.program, self._check(z).detach(), self._inputs())
 
     def initial_points(self, num: int, *, seed: int | None = None, radius: float = 2.0) -> Tensor:
@@ -137,14 +139,15 @@ class LogJoint:
         found: list[Tensor] = []
         for attempt in range(100):
             width = radius * 0.5 ** (attempt // 10)
-            point = width * (2 * torch.rand(1, self.size, generator=generator, dtype=self.dtype) - 1)
-            if self._is_finite_at(point.to(self.device)):
-                found.append(point.to(self.device))
+            unit = torch.rand(1, self.size, generator=generator, dtype=self.dtype)
+            point = (width * (2 * unit - 1)).to(self.device)
+            if self._is_finite_at(point):
+                found.append(point)
             if len(found) == num:
                 return torch.cat(found)
         raise ModelError(
-            f"only {len(found)} of {num} starting points with a finite log density and gradient were "
-            "found in 100 tries. Check priors and data for impossible combinations."
+            f"only {len(found)} of {num} starting points with a finite log density and gradient "
+            "were found in 100 tries. Check priors and data for impossible combinations."
         )
 
     def _is_finite_at(self, point: Tensor) -> bool:
@@ -170,8 +173,8 @@ class LogJoint:
     def _check(self, z: Tensor) -> Tensor:
         if z.dim() == 0 or z.shape[-1] != self.size:
             raise ValueError(
-                f"expected unconstrained vectors of shape (..., {self.size}), one entry per element "
-                f"of {[s.name for s in self.layout.sites]}; got shape {tuple(z.shape)}."
+                f"expected unconstrained vectors of shape (..., {self.size}), one entry per "
+                f"element of {[s.name for s in self.layout.sites]}; got shape {tuple(z.shape)}."
             )
         return z.reshape(-1, self.size)
 

@@ -115,9 +115,8 @@ class ModelFunction:
         if self.prototype.discrete:
             nesting = self.prototype.max_plate_nesting
             return log_det + _pyro.enumerated_log_prob(trace, nesting)
-        return log_det + sum(
-            node["log_prob_sum"] for node in trace.nodes.values() if node["type"] == "sample"
-        )
+        terms = [n["log_prob_sum"] for n in trace.nodes.values() if n["type"] == "sample"]
+        return sum(terms, log_det)
 
     def eager_batch(self, z: Tensor, inputs: Inputs) -> Tensor:
         """:meth:`log_joint` at each row of ``(S, D)``, one after another."""

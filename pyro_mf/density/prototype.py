@@ -108,7 +108,7 @@ def run_prototype(
         _check_enumerable(name, latent[name])
     continuous = {n: node for n, node in latent.items() if n not in discrete}
     check_observed(trace, args, kwargs)
-    like = next((node["value"] for node in continuous.values()), torch.empty(0))
+    like: Any = next((node["value"] for node in continuous.values()), torch.empty(0))
     plates = {n: _plates(node) for n, node in nodes.items()}
     subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
     return Prototype(
@@ -131,7 +131,7 @@ def run_prototype(
     )
 
 
-def is_data(node: dict[str, Any]) -> bool:
+def is_data(node: Any) -> bool:
     """Whether a trace node is an observed site that has a likelihood."""
     return (
         node["type"] == "sample"
@@ -144,7 +144,11 @@ def is_data(node: dict[str, Any]) -> bool:
 def check_signature(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise a :class:`ModelError` if the model cannot be called with these arguments."""
+    """Check that the model can be called with these arguments.
+
+    Raises:
+        ModelError: If it cannot; says what it takes.
+    """
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         signature = inspect.signature(target)
@@ -161,7 +165,11 @@ def check_signature(
 
 
 def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise a :class:`ModelError` where data are outside their support, NaN or infinite."""
+    """Check the data of every observed site.
+
+    Raises:
+        ModelError: If data are outside their support, NaN or infinite, and not masked.
+    """
     for name, node in trace.nodes.items():
         if not is_data(node):
             continue
@@ -189,7 +197,11 @@ def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def value_at_zero(msg: Any) -> Tensor:
-    """The value of a latent site at zero on its unconstrained axis."""
+    """The value of a latent site at zero on its unconstrained axis.
+
+    Raises:
+        ModelError: If its support has no bijection to an unconstrained space.
+    """
     fn = msg["fn"]
     try:
         transform = biject_to(fn.support)
@@ -201,7 +213,7 @@ def value_at_zero(msg: Any) -> Tensor:
         ) from error
     like = _reference(fn)
     zero = torch.zeros(transform.inverse_shape(fn.shape()), dtype=like.dtype, device=like.device)
-    return transform(zero)
+    return transform(zero)  # type: ignore[no-any-return]
 
 
 def _reference(fn: Any) -> Tensor:
@@ -229,7 +241,8 @@ def _check_enumerable(name: str, node: Any) -> None:
 
 def _event_dim(node: Any) -> int:
     if _pyro.is_deterministic(node):
-        return max(0, node["value"].dim() - max((-p.dim for p in _plates(node)), default=0))
+        nesting = max((-p.dim for p in _plates(node)), default=0)
+        return max(0, int(node["value"].dim()) - nesting)
     return int(node["fn"].event_dim)
 
 
@@ -250,7 +263,8 @@ def _describe(value: Tensor) -> str:
 
 
 def _describe_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    named = {f"argument {i}": a for i, a in enumerate(args)} | {f"'{k}'": v for k, v in kwargs.items()}
+    named = {f"argument {i}": value for i, value in enumerate(args)}
+    named |= {f"'{name}'": value for name, value in kwargs.items()}
     bad = [
         f"{name} holds {_describe(value)}"
         for name, value in named.items()

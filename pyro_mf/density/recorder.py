@@ -50,7 +50,7 @@ def record(
     """Run ``fn`` once and return its ATen operations as a graph.
 
     Args:
-        fn: A pure function of tensors that returns a tuple of tensors. It may use vmap and autograd.
+        fn: A pure function of tensors that returns a tuple of them. It may use vmap and autograd.
         examples: The tensors to run it on. Their shapes become part of the graph.
         decompositions: Replacements for operations.
 
@@ -68,7 +68,7 @@ def record(
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.constants: dict[str, Tensor] = {}

@@ -184,7 +184,7 @@ def _equal_to(node: Node, constants: _Constants) -> Node | None:
         return first
     if node.target in _RESHAPES and _same_type(node, first):
         return first
-    number = _NEUTRAL.get(node.target)
+    number = _NEUTRAL.get(node.target)  # type: ignore[call-overload]
     if number is None or node.kwargs:
         return None
     second = node.args[1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
@@ -77,7 +78,7 @@ class Site:
     @property
     def transform(self) -> Transform:
         """The bijection from the unconstrained axis to the support."""
-        return biject_to(self.support)
+        return biject_to(self.support)  # type: ignore[no-any-return]
 
     @property
     def unconstrained_event_dim(self) -> int:
@@ -97,8 +98,7 @@ class Site:
     def log_abs_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
         """Log Jacobian of the transform, summed over the event: the site's batch shape."""
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)
-        extra = log_det.dim() - (value.dim() - self.event_dim)
-        return log_det.sum(tuple(range(-extra, 0))) if extra > 0 else log_det
+        return sum_rightmost(log_det, log_det.dim() - (value.dim() - self.event_dim))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Layout:
         return cls(tuple(sites))
 
     def unpack(self, z: Tensor) -> dict[str, Tensor]:
-        """Cut flat vectors ``(..., D)`` into unconstrained sites ``(..., *unconstrained_shape)``."""
+        """Cut flat vectors ``(..., D)`` into sites ``(..., *unconstrained_shape)``."""
         batch = z.shape[:-1]
         return {
             s.name: z[..., s.start : s.stop].reshape(batch + s.unconstrained_shape)
@@ -146,7 +146,7 @@ class Layout:
         }
 
     def pack(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
-        """Join unconstrained sites ``(..., *unconstrained_shape)`` into flat vectors ``(..., D)``."""
+        """Join sites ``(..., *unconstrained_shape)`` into flat vectors ``(..., D)``."""
         parts = []
         for s in self.sites:
             value = unconstrained[s.name]

@@ -68,7 +68,8 @@ class TracingMode(TorchFunctionMode):
 
 def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
-    in_place_operator = name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+    operators = ("__invert__", "__int__", "__index__")
+    in_place_operator = name.startswith("__i") and name not in operators
     return (
         "out" in kwargs
         or name in ("__setitem__", "__set__")
@@ -78,7 +79,7 @@ def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def without_validation(fn: Any) -> Any:
-    """A copy of a distribution that does not check its arguments, or ``fn`` where it already does not.
+    """A distribution that does not check its arguments: ``fn`` itself or a copy.
 
     Distributions made outside the model (a ``PyroSample``'s prior) keep the setting they were made
     with, and their checks read values, which a trace cannot.

@@ -15,8 +15,8 @@ from pyro_mf.density.capture import Backend, PureFunction
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Batch, Program
 from pyro_mf.guides.matching import check_same_sites
-from pyro_mf.guides.prototype import model_indices
 from pyro_mf.guides.protocol import FactorisedGuide
+from pyro_mf.guides.prototype import model_indices
 from pyro_mf.objectives.entropy import EntropyEstimator
 from pyro_mf.objectives.non_finite import raise_non_finite
 

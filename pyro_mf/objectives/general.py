@@ -8,6 +8,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from pyro_mf import _pyro
@@ -34,7 +35,9 @@ def traced_elbo(
         GuideMismatchError: If a continuous latent of the model has no site in the guide.
         ModelError: If the guide has a site without reparameterised draws.
         NonFiniteError: If some site's log probability is not finite.
+        ValueError: What Pyro's own validation finds.
     """
+
     def estimate() -> Tensor:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         log_joint = _log_joint(model, guide_trace, args, kwargs, max_plate_nesting)
@@ -75,7 +78,7 @@ def _log_joint(
     _check_finite(trace)
     if summed_out:
         return _pyro.enumerated_log_prob(trace, int(nesting))
-    return trace.log_prob_sum()  # type: ignore[no-any-return]
+    return torch.as_tensor(trace.log_prob_sum())
 
 
 def _entropy(
@@ -122,19 +125,17 @@ def _exact_entropy(fn: Any, value: Tensor) -> Tensor | None:
     """Entropy in closed form, up to the Jacobian of a transform, which is taken at the draw."""
     if isinstance(fn, torch.distributions.TransformedDistribution):
         log_det: Tensor | float = 0.0
-        event_dim = fn.event_dim
+        event_dim = len(fn.event_shape)
         for transform in reversed(fn.transforms):
             before = transform.inv(value)
             step = transform.log_abs_det_jacobian(before, value)
-            extra = step.dim() - (value.dim() - event_dim)
-            log_det = log_det + (step.sum(tuple(range(-extra, 0))) if extra > 0 else step)
+            log_det = log_det + sum_rightmost(step, step.dim() - (value.dim() - event_dim))
             event_dim += transform.domain.event_dim - transform.codomain.event_dim
             value = before
         base = _exact_entropy(fn.base_dist, value)
         if base is None:
             return None
-        extra = base.dim() - len(fn.batch_shape)
-        return (base.sum(tuple(range(-extra, 0))) if extra > 0 else base) + log_det
+        return sum_rightmost(base, base.dim() - len(fn.batch_shape)) + log_det  # type: ignore[no-any-return]
     if _is_point(fn):
         return None
     try:

@@ -41,7 +41,8 @@ class ReverseKL(ELBO):
             discrete latents and dynamic structure.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError: If ``num_particles`` is no integer.
+        ValueError: If an argument is out of range or unknown.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -70,10 +71,12 @@ class ReverseKL(ELBO):
         max_plate_nesting: float = float("inf"),
     ) -> None:
         if isinstance(num_particles, bool) or not isinstance(num_particles, int):
-            raise ValueError(f"num_particles must be an integer; got {num_particles!r}.")
+            raise TypeError(f"num_particles must be an integer; got {num_particles!r}.")
         if num_particles < 1:
             raise ValueError(f"num_particles must be at least 1; got {num_particles}.")
-        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        super().__init__(  # type: ignore[no-untyped-call]
+            num_particles=num_particles, max_plate_nesting=max_plate_nesting
+        )
         self.entropy = get_entropy(entropy)
         self.backend = check_backend(backend)
         self._captured: list[CapturedELBO] = []
@@ -157,7 +160,11 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _backward_if_finite(loss: Tensor) -> None:
-    """Backward, but leave every leaf without a gradient if one of them is not finite."""
+    """Backward, but with no gradient stored if one of them is not finite.
+
+    Raises:
+        NonFiniteError: If one is not.
+    """
     leaves = _leaves(loss)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     known = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]

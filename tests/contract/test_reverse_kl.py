@@ -104,8 +104,12 @@ def test_every_backend_gives_the_same_loss_and_gradient(backend, fixed_noise) ->
     other = ReverseKL(3, backend=backend).differentiable_loss(conjugate, guide, X)
     torch.testing.assert_close(other, expected)
     for key, value in grads(expected, guide).items():
-        torch.testing.assert_close(grads(ReverseKL(3, backend=backend).differentiable_loss(
-            conjugate, guide, X), guide)[key], value)
+        torch.testing.assert_close(
+            grads(ReverseKL(3, backend=backend).differentiable_loss(conjugate, guide, X), guide)[
+                key
+            ],
+            value,
+        )
 
 
 # -- exact values ---------------------------------------------------------------------------------
@@ -348,9 +352,7 @@ def test_general_road_is_exact_at_the_posterior_with_stock_guides(stock, entropy
     values = torch.tensor([ReverseKL(1, entropy=entropy).loss(conjugate, guide, X)] * 2)
     if entropy != "closed_form" or stock is AutoDiagonalNormal:
         tolerance = 1e-6 if entropy != "closed_form" else 5.0
-        torch.testing.assert_close(
-            values, -log_evidence().expand(2), atol=tolerance, rtol=0.0
-        )
+        torch.testing.assert_close(values, -log_evidence().expand(2), atol=tolerance, rtol=0.0)
     if entropy == "stl":
         loss = ReverseKL(1, entropy="stl").differentiable_loss(conjugate, guide, X)
         assert all(float(g.abs().max()) < 1e-6 for g in grads(loss, guide).values())
@@ -492,12 +494,12 @@ def test_what_the_model_closes_over_may_be_rebound() -> None:
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, True, "4"])
 def test_bad_num_particles_is_refused(bad) -> None:
-    with pytest.raises(ValueError, match="num_particles must be"):
+    with pytest.raises((TypeError, ValueError), match="num_particles must be"):
         ReverseKL(bad)
 
 
 def test_unknown_entropy_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="closed_form, stl, monte_carlo.*Did you mean 'monte_carlo'"):
+    with pytest.raises(ValueError, match="closed_form, stl, .*Did you mean 'monte_carlo'"):
         ReverseKL(entropy="montecarlo")
 
 

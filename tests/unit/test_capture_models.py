@@ -68,8 +68,8 @@ def test_constrain_and_unconstrain_are_inverse(name: str) -> None:
 
 def test_control_flow_on_latents_falls_back_to_eager_and_says_why() -> None:
     case = make("control_flow_on_latents")
+    log_joint = LogJoint(case.model, case.args)
     with pytest.warns(CaptureWarning, match=r"cannot be captured.*control flow"):
-        log_joint = LogJoint(case.model, case.args)
         assert log_joint.tier == "eager"
     z = torch.tensor([[0.5], [-0.5]])  # one on each side of the branch
     (y,) = case.args
