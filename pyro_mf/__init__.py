@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_mf._errors import (
     CaptureWarning,
+    ConversionWarning,
     GuideMismatchError,
+    GuideNotSetUpError,
     KhatWarning,
+    MinibatchWarning,
     ModelError,
     NonFiniteError,
 )
@@ -33,9 +36,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoMeanField",
     "CaptureWarning",
+    "ConversionWarning",
     "GuideMismatchError",
+    "GuideNotSetUpError",
     "KhatWarning",
     "LogJoint",
+    "MinibatchWarning",
     "ModelError",
     "NUTSResult",
     "NonFiniteError",

@@ -17,8 +17,8 @@ CALLABLE = {
     "run_nuts",
 }
 RETURNED = {"NUTSResult", "PosteriorComparison"}
-RAISED = {"ModelError", "GuideMismatchError", "NonFiniteError"}
-WARNED = {"CaptureWarning", "KhatWarning"}
+RAISED = {"ModelError", "GuideMismatchError", "GuideNotSetUpError", "NonFiniteError"}
+WARNED = {"CaptureWarning", "ConversionWarning", "KhatWarning", "MinibatchWarning"}
 
 
 def test_public_names_are_exactly_these():
