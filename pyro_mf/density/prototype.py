@@ -11,11 +11,11 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.density.sites import Layout, Plate
+from pyro_mf.density.supports import check_supports_are_fixed, value_at_zero
 from pyro_mf.density.tracing import without_validation
 
 
@@ -67,23 +67,26 @@ def run_prototype(
 
     Raises:
         ModelError: If the arguments do not fit, there is no latent site, a latent has neither a
-            bijection nor an enumeration, or the data are not finite or outside their support.
+            bijection nor an enumeration, a support depends on other latents, or the data are not
+            finite or outside their support.
     """
     check_signature(model, args, kwargs)
     given: list[str] = []
 
-    def at_zero(msg: Any) -> None:
-        if _pyro.is_subsample(msg):
-            if msg["value"] is not None:
-                given.append(msg["name"])
-        elif not msg["is_observed"] and not _is_discrete(msg["fn"]):
-            msg["value"] = value_at_zero(msg)
-            msg["done"] = True
+    def run(value: Callable[[Any], Tensor]) -> Any:
+        def put(msg: Any) -> None:
+            if _pyro.is_subsample(msg):
+                if msg["value"] is not None:
+                    given.append(msg["name"])
+            elif not msg["is_observed"] and not _is_discrete(msg["fn"]):
+                msg["value"], msg["done"] = value(msg), True
+
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(True):
+            with _pyro.substitute(put):
+                return poutine.trace(model).get_trace(*args, **kwargs)
 
     try:
-        with torch.no_grad(), poutine.block(), pyro.validation_enabled(True):
-            with _pyro.substitute(at_zero):
-                trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = run(value_at_zero)
     except ModelError:
         raise
     except ValueError as error:
@@ -108,6 +111,7 @@ def run_prototype(
         _check_enumerable(name, latent[name])
     continuous = {n: node for n, node in latent.items() if n not in discrete}
     check_observed(trace, args, kwargs)
+    check_supports_are_fixed(continuous, run)
     like: Any = next((node["value"] for node in continuous.values()), torch.empty(0))
     plates = {n: _plates(node) for n, node in nodes.items()}
     subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
@@ -119,7 +123,7 @@ def run_prototype(
         plates=plates,
         event_dims={n: _event_dim(node) for n, node in nodes.items()},
         subsamples={n: p for n, p in subsampled.items() if n not in given},
-        given=tuple(given),
+        given=tuple(dict.fromkeys(given)),
         observed=tuple(n for n, node in nodes.items() if is_data(node)),
         params={
             name: _pyro.param_leaf(node)
@@ -194,36 +198,6 @@ def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 f"observed site '{name}' ({type(node['fn']).__name__}) cannot score its data: "
                 f"{error} Check the values, shape and dtype given as `obs=`."
             ) from error
-
-
-def value_at_zero(msg: Any) -> Tensor:
-    """The value of a latent site at zero on its unconstrained axis.
-
-    Raises:
-        ModelError: If its support has no bijection to an unconstrained space.
-    """
-    fn = msg["fn"]
-    try:
-        transform = biject_to(fn.support)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"latent site '{msg['name']}' ({type(fn).__name__}) has support {fn.support}, which "
-            "has no bijection to an unconstrained space and cannot be summed out. Give the site a "
-            "distribution with another support, or marginalise it by hand."
-        ) from error
-    like = _reference(fn)
-    zero = torch.zeros(transform.inverse_shape(fn.shape()), dtype=like.dtype, device=like.device)
-    return transform(zero)  # type: ignore[no-any-return]
-
-
-def _reference(fn: Any) -> Tensor:
-    """A floating tensor with the dtype and device of a distribution's values."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    for value in vars(fn).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return torch.empty(0)
 
 
 def _is_discrete(fn: Any) -> bool:

@@ -223,6 +223,11 @@ def _read_site(name: str, node: Any, start: int, *, full_size: bool) -> Site:
     plates.sort(key=lambda p: p.dim)
     try:
         unconstrained_shape = biject_to(fn.support).inverse_shape(torch.Size(shape))
+    except RuntimeError as error:
+        raise ModelError(
+            f"latent site '{name}' ({type(fn).__name__}) has bounds that come with the minibatch, "
+            "so they are not known for the full plate. Sample it on a fixed support and rescale."
+        ) from error
     except NotImplementedError as error:
         raise ModelError(
             f"latent site '{name}' ({type(fn).__name__}) has support {fn.support}, which has no "

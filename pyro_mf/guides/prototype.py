@@ -11,12 +11,12 @@ import torch
 from pyro import poutine
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
-from pyro_mf.density.prototype import run_prototype, value_at_zero
+from pyro_mf.density.prototype import run_prototype
 from pyro_mf.density.sites import Layout, Site
+from pyro_mf.density.supports import value_at_zero
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.guides.plates import MinibatchPlates
 
@@ -88,7 +88,6 @@ def start_guide(
     trace, given = _trace_latents(model, layout, init_loc_fn, args, kwargs)
     if whole_model is not model:
         _, given = _trace_latents(whole_model, layout, init_to_origin, args, kwargs)
-    _check_supports_are_fixed(model, layout, trace, args, kwargs)
     frames = {}
     for site in layout.sites:
         for frame in trace.nodes[site.name]["cond_indep_stack"]:
@@ -197,41 +196,6 @@ def _trace_latents(
         if node["type"] != "sample" or node["is_observed"] or name not in latents:
             trace.remove_node(name)
     return trace, frozenset(given)
-
-
-def _check_supports_are_fixed(
-    model: Model, layout: Layout, trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Refuse supports that depend on other latents: no fixed bijection maps onto them.
-
-    Raises:
-        ModelError: If a support moves when other latents do.
-    """
-    if not any(map(_has_tensor_bounds, layout.sites)):
-        return
-
-    def elsewhere(msg: Any) -> Tensor:
-        transform = biject_to(msg["fn"].support)
-        value: Tensor = transform(transform.inv(value_at_zero(msg)) + 0.5)
-        return value
-
-    moved, _ = _trace_latents(model, layout, elsewhere, args, kwargs)
-    for site in filter(_has_tensor_bounds, layout.sites):
-        here, there = (value_at_zero(t.nodes[site.name]) for t in (trace, moved))
-        if not torch.equal(here, there):
-            raise ModelError(
-                f"the support of latent site '{site.name}' depends on other latent sites "
-                f"({site.support} at the start). Sample it on a fixed support instead and "
-                "rescale: for Uniform(0, x) sample Uniform(0, 1) and multiply by x."
-            )
-
-
-def _has_tensor_bounds(site: Site) -> bool:
-    """Whether a support's bounds are tensors, and so may change from one run to the next."""
-    support = site.support
-    while hasattr(support, "base_constraint"):
-        support = support.base_constraint
-    return any(isinstance(bound, Tensor) for bound in vars(support).values())
 
 
 def _accepted_kwargs(model: Model, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,3 +280,32 @@ def test_evaluate_sums_out_discrete_latents_pointwise() -> None:
         0,
     )
     torch.testing.assert_close(out.log_likelihood["x"], each)
+
+
+def test_support_that_depends_on_another_latent_is_refused() -> None:
+    def model() -> None:
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        pyro.sample("z", dist.Uniform(torch.tensor(0.0), width))
+
+    with pytest.raises(ModelError, match="support of latent site 'z' depends on other latent"):
+        LogJoint(model)
+
+
+def test_bounds_that_come_with_the_minibatch_are_refused() -> None:
+    def model(upper: Tensor) -> None:
+        with pyro.plate("data", 10, subsample_size=2) as index:
+            pyro.sample("z", dist.Uniform(torch.zeros(2), upper[index]))
+
+    with pytest.raises(ModelError, match="'z' .*bounds that come with the minibatch"):
+        Program(model, (torch.ones(10),), {})
+
+
+def test_bounds_that_come_with_the_data_are_fine() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.Uniform(torch.tensor(0.0), x.max()))
+        pyro.sample("x", dist.Normal(0.0, scale).expand(x.shape).to_event(1), obs=x)
+
+    x = torch.tensor(X)
+    log_joint = LogJoint(model, (x,))
+    assert float(log_joint.constrain(torch.zeros(1))["scale"]) == pytest.approx(1.0)
+    assert log_joint.tier == "vmap"
