@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ import torch
 from opt_einsum import shared_intermediates  # type: ignore[import-untyped]
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.ops import packed
@@ -201,6 +203,16 @@ def plate_nesting(
 def scaled_and_masked(value: Tensor, node: Node) -> Tensor:
     """A per-batch-element quantity with the scale and mask of its site applied."""
     return scale_and_mask(value, node["scale"], node["mask"])  # type: ignore[no-any-return]
+
+
+def without_init(model: Any) -> Any:
+    """The model inside the one that a stock autoguide keeps, which draws initial values.
+
+    They are overwritten by whoever runs it, but cannot be drawn under vmap or in a graph.
+    """
+    while isinstance(model, partial) and model.args and isinstance(model.args[0], InitMessenger):
+        model = model.args[1]
+    return model
 
 
 def mcmc_call(mcmc: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_mf import _pyro
 from pyro_mf._errors import ConversionWarning, ModelError
 from pyro_mf.convert.datasets import Axes, to_dataset
 from pyro_mf.convert.groups import (
@@ -116,7 +117,7 @@ def from_pyro_svi(
         ['log_q', 'log_weight', 'lp']
     """
     check_ready(guide)
-    model = model or getattr(guide, "model", None)
+    model = model or _pyro.without_init(getattr(guide, "model", None))
     if model is None:
         raise ModelError(
             f"the guide ({type(guide).__name__}) does not know its model. Give from_pyro_svi the "

@@ -11,9 +11,11 @@ import numpy as np
 from pyro import poutine
 from torch import Tensor
 
+from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.convert.datasets import Axes, to_numpy
-from pyro_mf.convert.vectorise import run_many
+from pyro_mf.convert.vectorise import Run, run_many
+from pyro_mf.density.prototype import is_data
 
 
 def draw_observed(
@@ -51,14 +53,8 @@ def draw_observed(
         ...               seed=0)["x"].round()
         tensor([-50., 50.])
     """
-    free = poutine.uncondition(model)
-
-    def run(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        trace: Any = poutine.trace(poutine.condition(free, dict(row))).get_trace(*args, **kwargs)
-        return {name: trace.nodes[name]["value"] for name in sites}
-
-    num = len(next(iter(latents.values())))
-    return run_many(run, num, latents, seed=seed)
+    run = _free_run(model, args, kwargs, sites)
+    return run_many(run, len(next(iter(latents.values()))), latents, seed=seed)
 
 
 def draw_prior(
@@ -86,12 +82,7 @@ def draw_prior(
     Raises:
         ModelError: If some prior cannot be sampled.
     """
-    free = poutine.uncondition(model)
-
-    def run(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        trace: Any = poutine.trace(free).get_trace(*args, **kwargs)
-        return {name: trace.nodes[name]["value"] for name in sites}
-
+    run = _free_run(model, args, kwargs, sites)
     try:
         return run_many(run, num, {}, seed=seed)
     except NotImplementedError as error:
@@ -99,6 +90,31 @@ def draw_prior(
             f"the prior cannot be sampled ({error or 'an improper distribution'}). Leave `prior` "
             "out, or give every latent site a proper prior."
         ) from error
+
+
+def _free_run(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    sites: Sequence[str],
+) -> Run:
+    """The model with data drawn instead of observed, at given values of some latents.
+
+    ``poutine.uncondition`` would draw ``pyro.deterministic`` sites as well, with the wrong shape.
+    """
+
+    def run(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def at_sample(msg: Any) -> None:
+            if msg["name"] in values:
+                msg["value"], msg["done"] = values[msg["name"]], True
+            elif is_data(msg):
+                msg["value"], msg["done"], msg["is_observed"] = None, False, False
+
+        with _pyro.substitute(at_sample):
+            trace: Any = poutine.trace(model).get_trace(*args, **kwargs)
+        return {name: trace.nodes[name]["value"] for name in sites}
+
+    return run
 
 
 def shape_given(
