@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from pyro.nn import PyroModule, PyroSample
+from pyro.ops.special import safe_log
 from torch import Tensor
 
 
@@ -207,6 +208,28 @@ def reparametrised_with_deterministic_and_factor(y: Tensor) -> None:
         pyro.deterministic("total", theta + u)
         pyro.factor("penalty", -(theta**2))
         pyro.sample("y", dist.Normal(theta + u, 1.0), obs=y)
+
+
+@_case("loop", c=_codes(3))
+def discrete_hmm_with_impossible_steps(c: Tensor) -> None:
+    # Exact zeros: only Pyro's own backward of its logarithm is finite there, which vmap cannot run.
+    leave = pyro.sample("leave", dist.Beta(1.0, 1.0))
+    stay, zero, one = 1 - leave, torch.zeros(()), torch.ones(())
+    rows = torch.stack([stay, leave, zero, zero, stay, leave, zero, zero, one]).reshape(3, 3)
+    emission = pyro.sample("emission", dist.Dirichlet(torch.ones(3, 3)).to_event(1))
+    state = torch.tensor([1.0, 0.0, 0.0])
+    total = torch.zeros(())
+    for symbol in c[:4]:
+        state = (state @ rows) * emission.index_select(1, symbol.reshape(1)).squeeze(1)
+        total = total + safe_log(state).logsumexp(0)
+    pyro.factor("y", total)
+
+
+@_case("vmap", y=_normal(N))
+def scaled_likelihood(y: Tensor) -> None:
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", N), poutine.scale(scale=0.25):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
 
 def registered_module_and_params() -> CaptureCase:

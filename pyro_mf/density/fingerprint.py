@@ -7,6 +7,7 @@ use makes it a new capture instead.
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -35,17 +36,20 @@ def _visit(value: Any, found: list[Any], depth: int, seen: set[int]) -> None:
         # Learnable leaves are inputs of the graph; optimisers change them in place at every step.
         found.append(id(value) if value.requires_grad else (id(value), value._version))
         return
+    if isinstance(value, functools.partial | types.MethodType):  # made anew at every access
+        for part in _parts(value):
+            _visit(part, found, depth, seen)
+        return
     found.append(id(value))
     if depth == 0 or id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, torch.nn.Module):
         for module in value.modules():
-            found.append(module.training)
             found.extend((id(b), b._version) for b in module._buffers.values() if b is not None)
-    elif isinstance(value, types.MethodType):
-        _visit(value.__self__, found, depth, seen)
-        _visit(value.__func__, found, depth, seen)
+            for name, item in vars(module).items():
+                if not name.startswith("_"):
+                    _visit(item, found, depth - 1, seen)
     elif isinstance(value, types.FunctionType):
         _visit_function(value, found, depth - 1, seen)
     elif isinstance(value, list | tuple):
@@ -57,6 +61,12 @@ def _visit(value: Any, found: list[Any], depth: int, seen: set[int]) -> None:
     elif not isinstance(value, type | types.ModuleType) and hasattr(value, "__dict__"):
         for item in vars(value).values():
             _visit(item, found, depth - 1, seen)
+
+
+def _parts(value: functools.partial[Any] | types.MethodType) -> list[Any]:
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    return [value.func, *value.args, *value.keywords.values()]
 
 
 def _visit_function(

@@ -56,6 +56,9 @@ class ModelFunction:
         prototype: What one execution of it showed.
         is_frozen: Take the tensors of these very arguments as constants, whatever is handed in, for
             models whose control flow depends on their values.
+
+    Attributes:
+        last_site: The sample statement that the model reached last; tells where it failed.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class ModelFunction:
         self.model = model
         self.prototype = prototype
         self.is_frozen = is_frozen
+        self.last_site: str | None = None
         self._leaves, self._tree = tree_flatten((tuple(args), dict(kwargs)))
         self._sites = {site.name: site for site in prototype.layout.sites}
         self._runnable = model
@@ -97,6 +101,7 @@ class ModelFunction:
             Its trace with every ``log_prob`` computed, and the log Jacobian, a scalar.
         """
         log_det: list[Tensor] = []
+        self.last_site = None
         data = () if self.is_frozen else inputs.tensors
         with (
             TracingMode(self.prototype.params, inputs.params, (z, *data, *inputs.indices)),
@@ -133,6 +138,7 @@ class ModelFunction:
                 if name in indices:
                     msg["value"], msg["done"] = indices[name], True
                 return
+            self.last_site = name
             msg["fn"] = without_validation(msg["fn"])
             if msg["is_observed"] or name in self.prototype.discrete:
                 return

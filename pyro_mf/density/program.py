@@ -151,7 +151,7 @@ class Program:
         self.is_checked = True
         reasons: list[str] = []
         if _difference(truth, eager(*tensors)) is not None:
-            reasons.append("the model's log density is random: two runs at one point differ")
+            reasons.append("the log density is random: two runs at one point differ")
         for is_frozen in (False, True) if not reasons else ():
             self.function = ModelFunction(
                 self.model, args, kwargs, self.prototype, is_frozen=is_frozen
@@ -163,7 +163,7 @@ class Program:
                     graph = capture_graph(build(self.batch(mode)), tensors)
                     reason = _disagreement(eager, graph, [tensors, *others])
                 except Exception as error:
-                    reason = first_line(error)
+                    reason = f"{self._place()}: {first_line(error)}"
                 if reason is None:
                     self.mode = mode
                     return graph
@@ -171,13 +171,17 @@ class Program:
         self.mode = "eager"
         self.function = ModelFunction(self.model, args, kwargs, self.prototype)
         warnings.warn(
-            "the model cannot be captured as a graph, so eager Pyro runs it at every call: "
+            "the model cannot be captured as a graph, so eager Pyro runs it at every call. Reason, "
             f"{reasons[0]}. Look for control flow on latent values, random operations and calls "
             "into NumPy.",
             CaptureWarning,
             stacklevel=2,
         )
         return build(self.function.eager_batch)
+
+    def _place(self) -> str:
+        site = self.function.last_site
+        return "at the start" if site is None else f"at or after site '{site}'"
 
     def _other_values(self, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         """Other inputs at which captured and eager have to agree as well."""
