@@ -35,6 +35,7 @@ class Problem:
     model: Callable[..., Any]
     args: tuple[Tensor, ...]
     coords: dict[str, list[str]]
+    target_accept_prob: float = 0.8  # of NUTS
 
 
 class Laps:
@@ -74,7 +75,8 @@ def eight_schools() -> Problem:
     """Effects of coaching in eight schools, with their standard errors."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    return Problem("eight schools", schools_model, (sigma, y), {"school": list("ABCDEFGH")})
+    coords = {"school": list("ABCDEFGH")}
+    return Problem("eight schools", schools_model, (sigma, y), coords, target_accept_prob=0.95)
 
 
 def affairs() -> Problem:
@@ -122,8 +124,12 @@ def run(problem: Problem, out: Path, *, smoke: bool) -> None:
     laps.end("SVI")
     short = {"num_samples": 100, "warmup_steps": 100, "num_chains": 2}
     full = {"num_samples": 500, "warmup_steps": 300, "num_chains": 4}
-    size = short if smoke else full
-    nuts = mf.run_nuts(problem.model, problem.args, target_accept_prob=0.9, **size)
+    nuts = mf.run_nuts(
+        problem.model,
+        problem.args,
+        target_accept_prob=problem.target_accept_prob,
+        **(short if smoke else full),
+    )
     laps.end("NUTS")
     nuts_data = nuts.to_arviz(coords=problem.coords)
     fit_data = mf.from_pyro_svi(

@@ -1,26 +1,40 @@
-"""Every Python block of the manual and the README runs, page by page, from top to bottom."""
-
-from __future__ import annotations
+"""The Python blocks of the README and the manual run, page by page, in order."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = {
-    str(page.relative_to(ROOT)): BLOCK.findall(page.read_text())
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-}
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [name for name, blocks in PAGES.items() if blocks])
-def test_code_blocks_run(page, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)  # as users do
-    namespace: dict[str, object] = {"__name__": "__main__"}
-    for number, block in enumerate(PAGES[page]):
-        exec(compile(block, f"{page}, block {number + 1}", "exec"), namespace)
+def blocks(page: Path) -> Iterator[str]:
+    """Each block, moved down to its lines in the page, where a traceback then points."""
+    text = page.read_text()
+    for match in BLOCK.finditer(text):
+        yield "\n" * text.count("\n", 0, match.start(1)) + match.group(1)
+
+
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if any(blocks(p))]
+
+
+@pytest.fixture
+def float32():
+    """The default dtype that a reader has."""
+    torch.set_default_dtype(torch.float32)
+    yield
     torch.set_default_dtype(torch.float64)
+
+
+@pytest.mark.usefixtures("float32")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page.stem}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), namespace)
+    plt.close("all")
