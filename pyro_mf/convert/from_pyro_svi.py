@@ -21,10 +21,9 @@ from pyro_mf.convert.groups import (
     evaluate_draws,
     log_density,
 )
-from pyro_mf.convert.guide_draws import check_ready, draw_guide
+from pyro_mf.convert.guide_draws import check_ready, draw_guide, is_factorised
 from pyro_mf.convert.samples import sample_coords
 from pyro_mf.density import LogJoint
-from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.weights import psis
 
 if TYPE_CHECKING:
@@ -189,7 +188,7 @@ def _vi_fit(
             arrays["pareto_k"] = torch.tensor(smoothed.khat)
             arrays["pareto_k_se"] = torch.tensor(smoothed.khat_se)
             arrays["pareto_k_threshold"] = torch.tensor(smoothed.threshold)
-    if isinstance(guide, FactorisedGuide):
+    if is_factorised(guide):
         coords["latent"] = guide.layout.element_names()
         for param, value in zip(guide.family.param_names, guide.flat_params(), strict=True):
             arrays[param], dims[param] = value, ["latent"]
@@ -197,6 +196,6 @@ def _vi_fit(
 
 
 def _guide_name(guide: Any) -> str:
-    if isinstance(guide, FactorisedGuide):
+    if is_factorised(guide):
         return f"{type(guide).__name__}({guide.family.name})"
     return str(getattr(guide, "__name__", type(guide).__name__))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from pyro import poutine
@@ -54,6 +54,12 @@ def check_ready(guide: Any) -> None:
         )
 
 
+def is_factorised(guide: Any) -> TypeGuard[FactorisedGuide]:
+    """Whether a guide has flat parameters, as ours have."""
+    # Not isinstance: on Python 3.11 it reads every attribute, and an unpickled guide has no model.
+    return hasattr(guide, "sample_unconstrained") and hasattr(guide, "flat_params")
+
+
 def draw_guide(
     guide: Any,
     args: tuple[Any, ...],
@@ -72,7 +78,7 @@ def draw_guide(
         num: Number of draws S.
         seed: Seed of the draws.
     """
-    if isinstance(guide, FactorisedGuide):
+    if is_factorised(guide):
         return _draw_factorised(guide, layout, num, seed)
     return _draw_by_running(guide, args, kwargs, layout, num, seed)
 

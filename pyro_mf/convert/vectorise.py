@@ -64,6 +64,7 @@ def _vmapped(run: Run, num: int, inputs: dict[str, Tensor]) -> dict[str, Tensor]
             return dict(run(row))
 
     with warnings.catch_warnings():
+        warnings.simplefilter("error")  # anything else that vmap warns of may be wrong
         warnings.filterwarnings("ignore", "There is a performance drop")
         vectorised = torch.func.vmap(one, randomness="different", chunk_size=_CHUNK)
         result: dict[str, Tensor] = vectorised(torch.zeros(num), inputs)
