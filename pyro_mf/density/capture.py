@@ -114,7 +114,8 @@ class _Runner:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # inductor's own, about its own choices
-                compiled = torch.compile(self._run, dynamic=False)
+                # Not torch.compile: its guards check at every call what the signature has.
+                compiled = torch._inductor.compile(self._run, list(tensors))  # type: ignore[arg-type]
                 compiled(*tensors)
         except Exception as error:
             warnings.warn(

@@ -134,7 +134,7 @@ class FlatGuide(AutoGuide):
             return
         _pyro.own_parameters(self, names)
         values = self.family.init(start.loc, torch.full_like(start.loc, self._init_scale))
-        for name, value, constraint in zip(names, values, self._constraints(), strict=True):
+        for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
             setattr(self, name, PyroParam(value, constraint))
         _pyro.own_parameters(self, names)
         self._check_sizes(start.layout)
@@ -153,6 +153,15 @@ class FlatGuide(AutoGuide):
         if any(p.shape != (layout.size,) for p in params):
             self._check_sizes(layout)
         return params
+
+    def flat_leaves(self) -> tuple[Tensor, ...]:
+        """The unconstrained leaf tensors behind :meth:`flat_params`, each ``(D,)``.
+
+        Handlers around the call see the parameters read, as with :meth:`flat_params`.
+        """
+        with torch.no_grad():
+            self.flat_params()
+        return tuple(self.get_parameter(f"{n}_unconstrained") for n in self.family.param_names)
 
     @property
     def locs(self) -> SiteView:
@@ -188,7 +197,7 @@ class FlatGuide(AutoGuide):
         """
         index = self.family.param_names.index(param)
         flat = self.flat_params()[index]
-        constraint = self._constraints()[index]
+        constraint = self.param_constraints[index]
         try:
             value = value.detach().to(flat).expand(site.unconstrained_shape)
         except RuntimeError:
@@ -205,12 +214,13 @@ class FlatGuide(AutoGuide):
             leaf = self.get_parameter(f"{param}_unconstrained")
             leaf[site.start : site.stop] = transform_to(constraint).inv(value).reshape(-1)
 
-    def _constraints(self) -> list[constraints.Constraint]:
+    @property
+    def param_constraints(self) -> tuple[constraints.Constraint, ...]:
         """How parameters are stored: positive ones through softplus, as in Pyro's AutoNormal."""
-        return [
+        return tuple(
             constraints.softplus_positive if c is constraints.positive else c
             for c in self.family.constraints
-        ]
+        )
 
     def _check_sizes(self, layout: Layout) -> None:
         for name in self.family.param_names:
@@ -245,7 +255,7 @@ class FlatGuide(AutoGuide):
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None:
             self.set_extra_state(extra)  # refuse before anything is overwritten
-        for name, constraint in zip(self.family.param_names, self._constraints(), strict=True):
+        for name, constraint in zip(self.family.param_names, self.param_constraints, strict=True):
             saved = state_dict.get(f"{prefix}{name}_unconstrained")
             if saved is not None and not self.is_set_up:
                 setattr(self, name, PyroParam(transform_to(constraint)(saved), constraint))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 
 from pyro_mf.density.sites import Layout
 from pyro_mf.families import Family
@@ -33,6 +34,15 @@ class FactorisedGuide(Protocol):
 
     def flat_params(self) -> tuple[Tensor, ...]:
         """The family's parameters, each ``(D,)``, constrained and differentiable."""
+        ...
+
+    @property
+    def param_constraints(self) -> tuple[Constraint, ...]:
+        """Constraint under which each parameter is stored, in the family's order."""
+        ...
+
+    def flat_leaves(self) -> tuple[Tensor, ...]:
+        """The unconstrained leaf tensors behind ``flat_params``, each ``(D,)``."""
         ...
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:

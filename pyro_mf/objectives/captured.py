@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import transform_to
 
 from pyro_mf import _pyro
 from pyro_mf._errors import CaptureWarning
@@ -64,8 +66,8 @@ class CapturedELBO:
             kwargs: Keyword arguments.
 
         Returns:
-            The negative ELBO in nats, the tensors it depends on (the guide's flat parameters, then
-            the unconstrained leaves of the model's parameters), and its gradients by them.
+            The negative ELBO in nats, the unconstrained leaf tensors it depends on (the guide's,
+            then the model's), and its gradients by them.
 
         Raises:
             NonFiniteError: If loss or gradient is not finite; names the site.
@@ -77,17 +79,21 @@ class CapturedELBO:
         for name, leaf in prototype.params.items():
             _pyro.emit_param(name, leaf)
         indices, position = self._minibatch(road, args, kwargs)
-        whole = self.guide.flat_params()
-        params = whole if position is None else tuple(p[position] for p in whole)
-        size = prototype.layout.size
-        family = self.guide.family
-        noise = family.noise((num_particles, size), dtype=params[0].dtype, device=params[0].device)
-        inputs = road.program.inputs(args, kwargs, indices)
+        leaves = self.guide.flat_leaves()
         with torch.no_grad():
-            loss, check, *gradients = road.run(noise, *params, *inputs.flat())
-        if not bool(torch.isfinite(check)):
-            raise_non_finite(road.program, family, params, noise, inputs)
-        return loss, (*params, *prototype.params.values()), tuple(gradients)
+            stored = leaves if position is None else tuple(x[position] for x in leaves)
+            like, size = stored[0], prototype.layout.size
+            family = self.guide.family
+            noise = family.noise((num_particles, size), dtype=like.dtype, device=like.device)
+            inputs = road.program.inputs(args, kwargs, indices)
+            loss, check, *gradients = road.run(noise, *stored, *inputs.flat())
+            if not math.isfinite(check):
+                params = road.constrain(stored)
+                raise_non_finite(road.program, family, params, noise, inputs)
+            if position is not None:
+                for i, leaf in enumerate(leaves):
+                    gradients[i] = torch.zeros_like(leaf).index_add_(0, position, gradients[i])
+        return loss, (*leaves, *prototype.params.values()), tuple(gradients)
 
     def _minibatch(
         self, road: _Road, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -139,6 +145,11 @@ class _Road:
         self._scale = program.prototype.layout.plate_scale()
         self._function = program.graph_function(self._build)
 
+    def constrain(self, stored: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The family's parameters from the tensors that the guide stores."""
+        constraints = self._owner.guide.param_constraints
+        return tuple(transform_to(c)(x) for c, x in zip(constraints, stored, strict=True))
+
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         before = self._function.num_captures
         out = self._function(*tensors)
@@ -154,7 +165,8 @@ class _Road:
         def loss_and_gradients(noise: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             inputs = _unflatten(tensors[num_params:], len(counts.params), len(counts.subsamples))
             with torch.enable_grad():
-                params = tuple(p.detach().requires_grad_(True) for p in tensors[:num_params])
+                stored = tuple(p.detach().requires_grad_(True) for p in tensors[:num_params])
+                params = self.constrain(stored)
                 leaves = tuple(p.detach().requires_grad_(True) for p in inputs.params)
                 z = family.transform(params, noise)
                 log_joint = batch(z, inputs._replace(params=leaves)).mean()
@@ -164,7 +176,7 @@ class _Road:
                 scale = self._scale.to(per_element)
                 loss = -(log_joint + (scale * per_element).sum())
                 gradients = torch.autograd.grad(
-                    loss, (*params, *leaves), allow_unused=True, materialize_grads=True
+                    loss, (*stored, *leaves), allow_unused=True, materialize_grads=True
                 )
             loss = loss.detach()
             # One number that is finite where everything is.
