@@ -147,7 +147,7 @@ def _draw_forest(
             position = np.arange(len(index[here])) + (k - (len(scaled) - 1) / 2) * 0.7 / len(scaled)
             centre = scaled[name].mean(0)[here]
             _draw_intervals(axes, quantiles[name][:, here], centre, position, limit, k)
-        text = [f"{m:.3g} ± {s:.2g}" for m, s in zip(mean[here], sd[here], strict=True)]
+        text = [report.nuts_value(p) for p in parameters[here]]
         _dress_forest(axes, parameters[here], text, rows, limit)
     label = "distance from NUTS mean in NUTS sds\nmean, 50 % and 94 % intervals"
     part.supxlabel(label, fontsize=10)

@@ -6,7 +6,7 @@ import scipy.stats
 import xarray as xr
 
 from pyro_mf.compare import PosteriorComparison, compare_posteriors
-from pyro_mf.convert.aligned import align_draws
+from pyro_mf.compare.aligned import align_draws
 from pyro_mf.convert.generations import dataset, wrap
 
 
@@ -294,3 +294,20 @@ def test_aligned_draws_keep_the_values():
     aligned = align_draws({"a": result(dims=("r",), x=x)}, min_draws=200)
     np.testing.assert_array_equal(aligned.draws["a"], x)
     assert dataset(result(x=X), "posterior").sizes["draw"] == 100
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "text"),
+    [
+        (4.3478, 3.24, "4.3 ± 3.2"),
+        (-0.0699, 0.961, "-0.07 ± 0.96"),
+        (1234.6, 125.0, "1230 ± 120"),
+        (0.0, 2.5e-9, "0 ± 2.5e-09"),
+    ],
+)
+def test_values_are_shown_to_two_digits_of_the_sd(mean, sd, text):
+    z = normal(0, 4, 250)
+    z = mean + sd * (z - z.mean()) / z.std(ddof=1)
+    report = compare_posteriors(result(x=z), {"q": result(x=z)})
+    shown = report.nuts_value("x")
+    assert shown == text or (mean == 0 and shown.endswith(text[3:]))

@@ -1,0 +1,6 @@
+"""Approximate posteriors against NUTS."""
+
+from pyro_mf.compare.posteriors import compare_posteriors
+from pyro_mf.compare.report import Baseline, PosteriorComparison
+
+__all__ = ["Baseline", "PosteriorComparison", "compare_posteriors"]
