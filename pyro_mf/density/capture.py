@@ -133,12 +133,12 @@ def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
     with warnings.catch_warnings():
         # Tracing runs the model's own Python; what it warns about was said by the eager run.
         warnings.simplefilter("ignore")
-        graph = record(fn, examples)
-        if has_mutation(graph):
-            functional = torch.func.functionalize(graph, remove="mutations")
-            graph = record(functional, examples, _FUNCTIONAL)
+        recording = record(fn, examples)
+        if has_mutation(recording):
+            functional = torch.func.functionalize(recording.to_module(), remove="mutations")
+            recording = record(functional, examples, _FUNCTIONAL)
     with paused():
-        return simplify(graph)
+        return simplify(recording).to_module()
 
 
 def check_backend(backend: str) -> Backend:

@@ -11,13 +11,14 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 _aten = torch.ops.aten
 _READS_VALUE = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
@@ -42,12 +43,30 @@ def _recording_to(recorder: _Recorder | None) -> Iterator[None]:
         _active.reset(token)
 
 
+@dataclass
+class Recording:
+    """A graph and the tensors that it reads besides its inputs.
+
+    Args:
+        graph: ATen operations; every node says in ``meta`` what shape, dtype and device it has.
+        constants: Tensors by the name under which the graph gets them.
+    """
+
+    graph: Graph
+    constants: dict[str, Tensor]
+
+    def to_module(self) -> GraphModule:
+        """The recording as something that can be called."""
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        return GraphModule({name: self.constants[name] for name in used}, self.graph)
+
+
 def record(
     fn: Callable[..., tuple[Tensor, ...]],
     examples: tuple[Tensor, ...],
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
-) -> GraphModule:
-    """Run ``fn`` once and return its ATen operations as a graph.
+) -> Recording:
+    """Run ``fn`` once and return its ATen operations.
 
     Args:
         fn: A pure function of tensors that returns a tuple of them. It may use vmap and autograd.
@@ -63,7 +82,7 @@ def record(
     with _recording_to(recorder), recorder:
         out = fn(*examples)
     recorder.graph.output(tuple(recorder.node_of(t) for t in out))
-    return GraphModule(recorder.constants, recorder.graph)
+    return Recording(recorder.graph, recorder.constants)
 
 
 class _Recorder(TorchDispatchMode):
@@ -88,9 +107,9 @@ class _Recorder(TorchDispatchMode):
                 f"(through {func})"
             )
         out = func(*args, **kwargs)
-        if any(isinstance(x, Tensor) for x in tree_flatten(out)[0]):
-            node_args, node_kwargs = tree_map_only(Tensor, self.node_of, (args, kwargs))
-            self._remember(out, self.graph.call_function(func, node_args, node_kwargs))
+        if _has_tensor(out):
+            nodes = map_tensors(args, self.node_of), map_tensors(kwargs, self.node_of)
+            self._remember(out, self.graph.call_function(func, *nodes))
         return out
 
     def node_of(self, tensor: Tensor) -> Node:
@@ -119,3 +138,25 @@ class _Recorder(TorchDispatchMode):
         for index, item in enumerate(out):
             if isinstance(item, Tensor | list | tuple):
                 self._remember(item, self.graph.call_function(operator.getitem, (node, index)))
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """Replace every tensor in nested tuples, lists and dicts.
+
+    Called for every operation of a long loop, hence a plain recursion and not a pytree.
+    """
+    if isinstance(value, Tensor):
+        return fn(value)
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*(map_tensors(x, fn) for x in value))
+    if isinstance(value, tuple | list):
+        return type(value)([map_tensors(x, fn) for x in value])
+    if isinstance(value, dict):
+        return {key: map_tensors(x, fn) for key, x in value.items()}
+    return value
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_has_tensor, value))
+    return isinstance(value, Tensor)

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
+
+from pyro_mf.density.recorder import Recording
 
 _aten = torch.ops.aten
 
@@ -84,16 +86,17 @@ _BINDINGS: dict[Any, Any] = {
 _MAX_FOLDED_ELEMENTS = 1_000_000
 
 
-def has_mutation(graph: GraphModule) -> bool:
+def has_mutation(recording: Recording) -> bool:
     """Whether some node changes one of its inputs."""
-    return any(_is_mutation(node) for node in graph.graph.nodes)
+    return any(_is_mutation(node) for node in recording.graph.nodes)
 
 
-def simplify(graph: GraphModule) -> GraphModule:
+def simplify(recording: Recording) -> Recording:
     """Fold constants, drop nodes that change nothing, join equal ones, remove what is not used."""
-    constants = _Constants(graph)
+    graph = recording.graph
+    constants = _Constants(recording)
     seen: dict[Any, Node] = {}
-    for node in list(graph.graph.nodes):
+    for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         replacement = _equal_to(node, constants) or constants.fold(node)
@@ -103,24 +106,22 @@ def simplify(graph: GraphModule) -> GraphModule:
             seen.setdefault(key, node)
         if replacement is not None:
             node.replace_all_uses_with(replacement)
-            graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    for node in graph.graph.nodes:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
         if not node.kwargs:
             node.target = _BINDINGS.get(node.target, node.target)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph
+    return recording
 
 
 class _Constants:
     """Nodes whose value is known now."""
 
-    def __init__(self, graph: GraphModule) -> None:
-        self.graph = graph
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
         self.values: dict[Node, Tensor] = {
-            node: getattr(graph, str(node.target))
-            for node in graph.graph.nodes
+            node: recording.constants[str(node.target)]
+            for node in recording.graph.nodes
             if node.op == "get_attr"
         }
 
@@ -137,9 +138,9 @@ class _Constants:
             return None
         value = self._evaluate(node)
         name = f"folded{len(self.values)}"
-        self.graph.register_buffer(name, value, persistent=False)
-        with self.graph.graph.inserting_before(node):
-            constant = self.graph.graph.get_attr(name)
+        self.recording.constants[name] = value
+        with self.recording.graph.inserting_before(node):
+            constant = self.recording.graph.get_attr(name)
         constant.meta.update(node.meta)
         self.values[constant] = value
         return constant

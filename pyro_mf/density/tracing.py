@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-from pyro_mf.density.recorder import paused
+from pyro_mf.density.recorder import map_tensors, paused
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -47,23 +46,27 @@ class TracingMode(TorchFunctionMode):
             attribute = func(*args, **kwargs)
             if not isinstance(attribute, Tensor):
                 return attribute  # requires_grad and the like stay those of the parameter
-        args, kwargs = tree_map_only(Tensor, lambda t: self._table.get(id(t), t), (args, kwargs))
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        tensors: list[Tensor] = []
+
+        def replaced(tensor: Tensor) -> Tensor:
+            tensors.append(self._table.get(id(tensor), tensor))
+            return tensors[-1]
+
+        args, kwargs = map_tensors(args, replaced), map_tensors(kwargs, replaced)
+        is_in_place = _is_in_place(func, kwargs)
         if any(id(t) in self._dependent for t in tensors):
             out = func(*args, **kwargs)
-            self._mark(out)
-            if _is_in_place(func, kwargs):
-                self._mark(args[:1])
+            map_tensors(out, self._mark)
+            if is_in_place:
+                map_tensors(args[:1], self._mark)
             return out
-        if tensors and not _is_in_place(func, kwargs):
+        if tensors and not is_in_place:
             with paused():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _mark(self, out: Any) -> None:
-        for x in tree_flatten(out)[0]:
-            if isinstance(x, Tensor):
-                self._dependent[id(x)] = x
+    def _mark(self, tensor: Tensor) -> None:
+        self._dependent[id(tensor)] = tensor
 
 
 def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
