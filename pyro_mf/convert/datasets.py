@@ -107,7 +107,7 @@ def to_dataset(
         a slash (which NetCDF refuses) becomes a dot.
 
     Raises:
-        ValueError: If labels do not fit an axis, or a dimension has a variable's name.
+        ValueError: If labels do not fit an axis, or two things would have one name.
 
     Example:
         >>> axes = Axes({"theta": (Plate("school", -1, 2, 2),)}, {"theta": 0},
@@ -133,6 +133,11 @@ def to_dataset(
                     f"dimension '{name}' has size {sizes[name]} in one variable and {size} in "
                     f"'{variable}'. Give one of them another name with `dims`."
                 )
+        if safe_name(variable) in variables:
+            raise ValueError(
+                f"two variables would be called '{safe_name(variable)}', one of them '{variable}'. "
+                "Rename a site of the model."
+            )
         variables[safe_name(variable)] = ((*sample, *kept), values)
     if clash := sorted(set(sizes) & set(variables)):
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.convert.groups import Arrays, Options, build_result, evaluate_draws, log_density
-from pyro_mf.convert.samples import take_like
+from pyro_mf.convert.samples import check_arguments, take_like
 from pyro_mf.density import LogJoint
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def from_pyro(
         An ``InferenceData`` (ArviZ 0.x) or an ``xarray.DataTree`` (ArviZ 1.x).
 
     Raises:
-        TypeError: If ``posterior`` is none of the three.
+        TypeError: If ``posterior`` is none of the three, or ``model_args`` no tuple.
         ValueError: If the chains have not run, the draws do not fit the model, or names, labels or
             shapes given do not fit.
         ModelError: If the model is unknown, subsamples its data, or does not fit the arguments.
@@ -90,16 +90,16 @@ def from_pyro(
         >>> result["log_likelihood"]["x"].dims
         ('chain', 'draw', 'data')
     """
+    check_arguments(model_args)
     run = _read(posterior, model, model_args, model_kwargs)
     draws, index = take_like(run.z, like)
-    evaluation = evaluate_draws(run.log_joint, draws.flat)
+    evaluation = evaluate_draws(run.log_joint, draws.flat, log_likelihood=log_likelihood)
     stats: dict[str, Any] = {n: v[index[0]][:, index[1]] for n, v in run.stats.items()}
     if "lp" not in stats:
         stats["lp"] = draws.fold(log_density(run.log_joint, draws.flat, evaluation))
     options = Options(
         coords=coords or {},
         dims=dims or {},
-        log_likelihood=log_likelihood,
         posterior_predictive=posterior_predictive,
         prior=prior,
         predictions=predictions,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_mf import _pyro
@@ -22,7 +23,7 @@ from pyro_mf.convert.groups import (
     log_density,
 )
 from pyro_mf.convert.guide_draws import check_ready, draw_guide, is_factorised
-from pyro_mf.convert.samples import sample_coords
+from pyro_mf.convert.samples import check_arguments, sample_coords
 from pyro_mf.density import LogJoint
 from pyro_mf.weights import psis
 
@@ -67,7 +68,7 @@ def from_pyro_svi(
     left out, with what needs it, and a warning says why.
 
     Args:
-        guide: A trained guide: ours, one of Pyro's, or a function.
+        guide: A trained guide (ours, one of Pyro's, or a function), or the ``SVI`` that trained it.
         model_args: The model's positional arguments, with the full data.
         model_kwargs: The model's keyword arguments.
         model: The model; by default the one that the guide was made for. Needed for a hand-written
@@ -95,7 +96,7 @@ def from_pyro_svi(
         An ``InferenceData`` (ArviZ 0.x) or an ``xarray.DataTree`` (ArviZ 1.x).
 
     Raises:
-        TypeError: If ``guide`` is none.
+        TypeError: If ``guide`` is none, or ``model_args`` no tuple.
         ValueError: If a number, name, label or shape given does not fit.
         GuideNotSetUpError: If the guide has not seen its model run.
         GuideMismatchError: If model and guide have not the same latent sites of the same shapes.
@@ -115,19 +116,17 @@ def from_pyro_svi(
         >>> sorted(result["sample_stats"].data_vars)
         ['log_q', 'log_weight', 'lp']
     """
+    check_arguments(model_args)
+    if isinstance(guide, SVI):
+        guide, model = guide.guide, model or guide.model
     check_ready(guide)
-    model = model or _pyro.without_init(getattr(guide, "model", None))
-    if model is None:
-        raise ModelError(
-            f"the guide ({type(guide).__name__}) does not know its model. Give from_pyro_svi the "
-            "model as `model`."
-        )
+    model = model or _model_of(guide)
     log_joint = LogJoint(model, model_args, model_kwargs)
     chain, draw = _sample(num_chains, num_draws, like)
     num = len(chain) * len(draw)
     drawn = draw_guide(guide, model_args, model_kwargs or {}, log_joint.layout, num, seed)
     draws = Draws(drawn.z.reshape(len(chain), len(draw), -1), chain, draw)
-    evaluation = evaluate_draws(log_joint, drawn.z)
+    evaluation = evaluate_draws(log_joint, drawn.z, log_likelihood=log_likelihood)
     stats = {"lp": log_density(log_joint, drawn.z, evaluation)}
     if drawn.log_q is None:
         message = f"log_q, log_weight, the ELBO and k-hat are left out: {drawn.why_no_log_q}."
@@ -137,7 +136,6 @@ def from_pyro_svi(
     options = Options(
         coords=coords or {},
         dims=dims or {},
-        log_likelihood=log_likelihood,
         posterior_predictive=posterior_predictive,
         prior=prior,
         predictions=predictions,
@@ -158,6 +156,19 @@ def from_pyro_svi(
         attrs={**own, "num_steps": steps, "seed": seed, "is_approximate": 1},
         vi_fit={"vi_fit": _vi_fit(guide, stats.get("log_weight"), losses)},
     )
+
+
+def _model_of(guide: Any) -> Callable[..., Any]:
+    try:
+        model = _pyro.without_init(getattr(guide, "model", None))
+    except TypeError:  # one of Pyro's, unpickled
+        model = None
+    if model is None:
+        raise ModelError(
+            f"the guide ({type(guide).__name__}) does not know its model. Give from_pyro_svi the "
+            "model as `model`."
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _sample(num_chains: int, num_draws: int, like: Any | None) -> tuple[Any, Any]:

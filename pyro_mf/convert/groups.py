@@ -45,7 +45,6 @@ class Options:
 
     coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    log_likelihood: bool = True
     posterior_predictive: bool | Arrays = False
     prior: int | Arrays | None = None
     predictions: Arrays | None = None
@@ -85,8 +84,13 @@ class Draws:
         return values.reshape(*self.z.shape[:2], *values.shape[1:])
 
 
-def evaluate_draws(log_joint: LogJoint, z: Tensor) -> Evaluation:
+def evaluate_draws(log_joint: LogJoint, z: Tensor, *, log_likelihood: bool) -> Evaluation:
     """Everything the model computes at draws ``(S, D)``.
+
+    Args:
+        log_joint: The density.
+        z: The draws.
+        log_likelihood: Whether to keep the pointwise log likelihood, which is large.
 
     Raises:
         NonFiniteError: If a draw is not finite on the unconstrained space.
@@ -100,7 +104,17 @@ def evaluate_draws(log_joint: LogJoint, z: Tensor) -> Evaluation:
                 "float64, or look at the run."
             )
     _ = log_joint.tier  # captures and checks the density, without which evaluate runs in a loop
-    return log_joint.evaluate(z)
+    if log_likelihood:
+        return log_joint.evaluate(z)
+    chunks = z.split(_rows_at_once(log_joint.evaluate(z[:1])))
+    parts = [replace(log_joint.evaluate(chunk), log_likelihood={}) for chunk in chunks]
+    return replace(
+        parts[0],
+        latents=_join([p.latents for p in parts]),
+        deterministics=_join([p.deterministics for p in parts]),
+        log_prior=torch.cat([p.log_prior for p in parts]),
+        log_abs_det=torch.cat([p.log_abs_det for p in parts]),
+    )
 
 
 def log_density(log_joint: LogJoint, z: Tensor, evaluation: Evaluation) -> Tensor:
@@ -114,12 +128,21 @@ def log_density(log_joint: LogJoint, z: Tensor, evaluation: Evaluation) -> Tenso
     Returns:
         Shape ``(S,)``, on the unconstrained space.
     """
-    size = z.shape[-1] + sum(value.numel() for value in evaluation.observed.values())
-    rows = min(len(z), max(1, _CHUNK_ELEMENTS // size))
+    rows = min(len(z), _rows_at_once(evaluation))
     # Chunks of one shape, for a graph is captured per shape.
     padded = torch.cat([z, z[:1].expand(-len(z) % rows, -1)])
     with torch.no_grad():
         return torch.cat([log_joint(chunk) for chunk in padded.split(rows)])[: len(z)]
+
+
+def _rows_at_once(evaluation: Evaluation) -> int:
+    """Draws per chunk, by the numbers that one draw takes."""
+    values = [*evaluation.observed.values(), *(v[0] for v in evaluation.latents.values())]
+    return max(1, _CHUNK_ELEMENTS // sum(value.numel() for value in values))
+
+
+def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def build_result(
@@ -155,7 +178,7 @@ def build_result(
             {"log_prior": draws.fold(evaluation.log_prior)}, Axes(), draws.sample
         ),
     }
-    if options.log_likelihood and evaluation.log_likelihood:
+    if evaluation.log_likelihood:
         shapes = {name: value.shape for name, value in evaluation.observed.items()}
         groups["log_likelihood"] = to_dataset(
             {name: draws.fold(value) for name, value in evaluation.log_likelihood.items()},
@@ -208,11 +231,11 @@ def _predictive(
     call = (log_joint.model, log_joint.model_args, log_joint.model_kwargs)
     shapes = {name: tuple(value.shape) for name, value in evaluation.observed.items()}
     given = options.posterior_predictive
-    if given is True:
+    if given is True and shapes:
         given = draw_observed(
             *call, latents=evaluation.latents, sites=list(shapes), seed=options.seed
         )
-    if given:
+    if isinstance(given, Mapping):
         arrays = shape_given(given, shapes, len(draws.flat), "posterior_predictive")
         groups["posterior_predictive"] = to_dataset(
             {n: draws.fold(v) for n, v in arrays.items()}, axes, draws.sample

@@ -1,4 +1,4 @@
-"""Which chains and draws a result has."""
+"""Which chains and draws a result has, and arguments that are not what they should be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ from torch import Tensor
 
 from pyro_mf.convert import generations
 from pyro_mf.convert.groups import Draws
+
+
+def check_arguments(model_args: Any) -> None:
+    """Refuse a lone argument where a tuple is meant: a tensor would be taken apart row by row.
+
+    Raises:
+        TypeError: If ``model_args`` is neither a tuple nor a list.
+    """
+    if model_args is not None and not isinstance(model_args, tuple | list):
+        raise TypeError(
+            "model_args must be a tuple of the model's positional arguments; got "
+            f"{type(model_args).__name__}. Write model_args=(data,) for one argument."
+        )
 
 
 def sample_coords(like: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -97,6 +97,11 @@ def test_a_dimension_called_as_a_variable_is_refused():
         to_dataset({"x": np.ones(3)}, Axes(dims={"x": ["x"]}))
 
 
+def test_two_variables_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two variables would be called 'a.b'"):
+        to_dataset({"a.b": np.ones(3), "a/b": np.ones(3)}, Axes())
+
+
 def test_half_precision_is_widened_for_netcdf():
     ds = to_dataset({"x": torch.ones(2, 5, dtype=torch.bfloat16)}, Axes(), SAMPLE)
     assert ds["x"].dtype == np.float32

@@ -376,8 +376,13 @@ def test_constant_data_take_names_and_labels():
     assert dataset(result, "predictions_constant_data")["new"].dims == ("new_dim_0",)
 
 
-def test_log_likelihood_can_be_left_out():
-    assert "log_likelihood" not in groups(convert(log_likelihood=False))
+def test_log_likelihood_can_be_left_out(monkeypatch):
+    monkeypatch.setattr("pyro_mf.convert.groups._CHUNK_ELEMENTS", 100)  # several chunks
+    small, full = convert(log_likelihood=False), convert()
+    assert "log_likelihood" not in groups(small)
+    for group in groups(small):
+        for name, values in dataset(small, group).data_vars.items():
+            np.testing.assert_allclose(values, dataset(full, group)[name], rtol=1e-9)
 
 
 def test_the_global_generator_is_not_touched_and_the_seed_decides():

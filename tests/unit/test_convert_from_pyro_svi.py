@@ -277,6 +277,23 @@ def test_the_fit_is_described():
     assert result.attrs["name"] == "gamma_poisson"
 
 
+def test_an_svi_brings_its_guide_and_its_model():
+    x = counts()
+    svi = SVI(gamma_poisson, exact_guide, pyro.optim.Adam({}), Trace_ELBO())
+    result = from_pyro_svi(svi, (x,), num_draws=30)
+    assert fit_value(result, "elbo") == pytest.approx(gamma_poisson_evidence(x))
+
+
+def test_a_model_without_data_converts():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = AutoMeanField(model).setup()
+    result = from_pyro_svi(guide, num_draws=30, posterior_predictive=True)
+    assert "posterior_predictive" not in groups(result)
+    assert "observed_data" not in groups(result)
+
+
 def test_few_draws_have_no_khat():
     x = counts()
     result = from_pyro_svi(AutoMeanField(gamma_poisson).setup(x), (x,), num_draws=10)
@@ -337,6 +354,19 @@ def test_a_guide_that_has_not_been_set_up_is_refused(make):
 def test_something_that_is_no_guide_is_refused():
     with pytest.raises(TypeError, match=r"a guide must be callable; got dict"):
         from_pyro_svi({"rate": torch.ones(3)}, (counts(),))
+
+
+def test_a_lone_argument_is_refused():
+    with pytest.raises(TypeError, match=r"got Tensor. Write model_args=\(data,\)"):
+        from_pyro_svi(exact_guide, counts(), model=gamma_poisson)
+
+
+def test_an_unpickled_stock_guide_needs_the_model():
+    guide = AutoNormal(MODELS["scalar real"].model)
+    guide(counts())
+    guide = pickle.loads(pickle.dumps(guide))
+    with pytest.raises(ModelError, match=r"\(AutoNormal\) does not know its model"):
+        from_pyro_svi(guide, (counts(),))
 
 
 def test_a_function_needs_the_model():
