@@ -145,6 +145,18 @@ def enumerated_log_likelihood(
 _OWNED = WeakIdKeyDictionary()
 
 
+def holds_parameters(module: Any, params: tuple[str, ...]) -> bool:
+    """Whether a ``PyroModule``'s own parameters are those that the store has under its names."""
+    if pyro.settings.get("module_local_params"):
+        return True
+    stored = pyro.get_param_store()._params
+    for param in params:
+        mine = module._parameters.get(f"{param}_unconstrained")
+        if stored.get(f"{module._pyro_name}.{param}") is not mine or mine not in _OWNED:
+            return False
+    return True
+
+
 def own_parameters(module: Any, params: tuple[str, ...]) -> None:
     """Make sure that a ``PyroModule`` and the global store agree on whose its parameters are.
 
@@ -157,8 +169,8 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
         module: A ``PyroModule`` of which ``params`` are direct ``PyroParam`` attributes.
         params: Their names.
     """
-    if pyro.settings.get("module_local_params"):
-        return
+    if holds_parameters(module, params):
+        return  # the common case, at every step of an optimiser
     stored = pyro.get_param_store()._params
     own = [module._parameters.get(f"{p}_unconstrained") for p in params]
 
@@ -168,8 +180,6 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
     def is_free(name: str) -> bool:
         return all(e is None or e is mine or e not in _OWNED for e, mine in entries(name))
 
-    if all(e is mine and e in _OWNED for e, mine in entries(module._pyro_name)):
-        return  # the common case, at every step of an optimiser
     base = re.sub(r"_\d+$", "", module._pyro_name)
     numbered = (f"{base}_{i}" for i in itertools.count(1))
     module._pyro_name = next(filter(is_free, itertools.chain([module._pyro_name, base], numbered)))

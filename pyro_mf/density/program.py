@@ -78,7 +78,7 @@ class Program:
 
     def matches(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this program is right for these arguments and for the model as it is now."""
-        if signature(args, kwargs) != self._signature:
+        if not self._is_same_call(args, kwargs) and signature(args, kwargs) != self._signature:
             return False
         if self.function.is_frozen and _identity(args, kwargs) != self._identity:
             return False
@@ -87,6 +87,15 @@ class Program:
         return all(
             _pyro.is_current_leaf(name, leaf, self.model)
             for name, leaf in self.prototype.params.items()
+        )
+
+    def _is_same_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether these are the very tensors that the program was made for, as in a full fit."""
+        first = self._arguments[0]
+        return (
+            not kwargs
+            and len(args) == len(first)
+            and all(a is b and isinstance(a, Tensor) for a, b in zip(args, first, strict=True))
         )
 
     def inputs(

@@ -154,14 +154,21 @@ class FlatGuide(AutoGuide):
             self._check_sizes(layout)
         return params
 
+    @pyro_method
     def flat_leaves(self) -> tuple[Tensor, ...]:
         """The unconstrained leaf tensors behind :meth:`flat_params`, each ``(D,)``.
 
         Handlers around the call see the parameters read, as with :meth:`flat_params`.
         """
+        names, shape = self.family.param_names, (self.layout.size,)
+        leaves = tuple(self.get_parameter(f"{name}_unconstrained") for name in names)
+        if _pyro.holds_parameters(self, names) and all(x.shape == shape for x in leaves):
+            for name, leaf in zip(names, leaves, strict=True):
+                _pyro.emit_param(f"{self._pyro_name}.{name}", leaf)
+            return leaves
         with torch.no_grad():
-            self.flat_params()
-        return tuple(self.get_parameter(f"{n}_unconstrained") for n in self.family.param_names)
+            self.flat_params()  # makes module and store agree
+        return tuple(self.get_parameter(f"{name}_unconstrained") for name in names)
 
     @property
     def locs(self) -> SiteView:

@@ -98,7 +98,7 @@ class ReverseKL(ELBO):
             loss, tensors, gradients = captured.value_and_gradients(
                 self.num_particles, args, kwargs
             )
-            torch.autograd.backward(tensors, gradients)
+            _add_gradients(tensors, gradients)
             return float(loss)
         total = self._general_loss(model, guide, args, kwargs)
         if total.requires_grad:
@@ -173,8 +173,14 @@ def _backward_if_finite(loss: Tensor) -> None:
             "the gradient of the loss is not finite although the loss is. Parameters keep their "
             "last finite values. Try a smaller step, another start, or float64."
         )
-    for leaf, gradient in known:
-        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+    _add_gradients(tuple(leaf for leaf, _ in known), tuple(g for _, g in known))
+
+
+def _add_gradients(leaves: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
+    """Add to the gradients of leaf tensors, through autograd so that hooks on them run."""
+    wanted = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if leaf.requires_grad]
+    if wanted:
+        torch.autograd.backward([leaf for leaf, _ in wanted], [g for _, g in wanted])
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

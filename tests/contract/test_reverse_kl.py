@@ -516,3 +516,23 @@ def test_objective_can_be_pickled_and_copied_after_use() -> None:
     for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
         assert other.num_particles == 2
         assert math.isfinite(other.loss(conjugate, guide, X))
+
+
+def test_hooks_on_parameters_run_and_frozen_ones_stay() -> None:
+    guide = set_up(conjugate, X)
+    seen = []
+    guide.get_parameter("loc_unconstrained").register_hook(seen.append)
+    guide.get_parameter("scale_unconstrained").requires_grad_(False)
+    ReverseKL(2).loss_and_grads(conjugate, guide, X)
+    assert torch.equal(seen[0], guide.get_parameter("loc_unconstrained").grad)
+    assert guide.get_parameter("scale_unconstrained").grad is None
+
+
+def test_gradients_add_up_until_they_are_zeroed() -> None:
+    guide = set_up(conjugate, X)
+    found = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        ReverseKL(2).loss_and_grads(conjugate, guide, X)
+        found.append(guide.get_parameter("loc_unconstrained").grad.clone())
+    torch.testing.assert_close(found[1], 2.0 * found[0])
