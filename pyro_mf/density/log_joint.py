@@ -31,6 +31,7 @@ class LogJoint:
             ``"eager"``.
 
     Raises:
+        TypeError: If ``model_args`` is no tuple.
         ModelError: If the model has no latent sites, data or arguments are bad, a latent cannot be
             mapped to an unconstrained space, or a plate is subsampled.
 
@@ -53,6 +54,11 @@ class LogJoint:
         *,
         backend: Backend = "auto",
     ) -> None:
+        if not isinstance(model_args, tuple | list):
+            raise TypeError(
+                "model_args must be a tuple of the model's positional arguments; got "
+                f"{type(model_args).__name__}. For a single argument x write (x,)."
+            )
         self.model = model
         self.model_args = tuple(model_args)
         self.model_kwargs = dict(model_kwargs or {})

@@ -222,6 +222,11 @@ def test_wrong_shape_of_z_is_refused() -> None:
         log_joint(torch.zeros(2))
 
 
+def test_arguments_that_are_not_a_tuple_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"model_args must be a tuple.*got Tensor.*write \(x,\)"):
+        LogJoint(normal_model, torch.tensor(X))
+
+
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend must be one of auto, graph"):
         LogJoint(normal_model, (torch.tensor(X),), backend="jit")  # type: ignore[arg-type]
