@@ -185,12 +185,10 @@ class LogJoint:
         return z.reshape(-1, self.size)
 
     def _build_value(self, batch: Batch) -> PureFunction:
-        inputs = self._inputs()
-        return lambda z, *flat: (batch(z, inputs.unflatten(flat)),)
+        return lambda z, *flat: (batch(z, self.program.unflatten(flat)),)
 
     def _build_value_and_grad(self, batch: Batch) -> PureFunction:
-        inputs = self._inputs()
-        return lambda z, *flat: value_and_gradients(batch, z, inputs.unflatten(flat))
+        return lambda z, *flat: value_and_gradients(batch, z, self.program.unflatten(flat))
 
 
 class _Differentiable(torch.autograd.Function):

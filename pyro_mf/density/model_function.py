@@ -39,12 +39,6 @@ class Inputs(NamedTuple):
         """All tensors in a row, as a graph takes them."""
         return (*self.tensors, *self.params, *self.indices)
 
-    def unflatten(self, flat: tuple[Tensor, ...]) -> Inputs:
-        """Inputs of the same structure from a row of tensors."""
-        first = len(self.tensors)
-        second = first + len(self.params)
-        return Inputs(flat[:first], flat[first:second], flat[second:])
-
 
 class ModelFunction:
     """``log p(x, z)`` of one flat unconstrained vector, Jacobian included.

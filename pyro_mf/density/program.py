@@ -104,6 +104,12 @@ class Program:
         """All that the log joint depends on besides the latents, for these arguments."""
         return self.function.inputs(args, kwargs, indices)
 
+    def unflatten(self, flat: tuple[Tensor, ...]) -> Inputs:
+        """Inputs from a row of tensors, as :meth:`Inputs.flat` made it."""
+        second = len(flat) - len(self.prototype.subsamples)
+        first = second - len(self.prototype.params)
+        return Inputs(flat[:first], flat[first:second], flat[second:])
+
     def graph_function(self, build: Callable[[Batch], PureFunction]) -> GraphFunction:
         """A captured function that is built on the log joint of a batch of draws.
 
@@ -133,7 +139,7 @@ class Program:
         if key not in self._graphs:
 
             def one(row: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-                return (self.function.log_joint(row, inputs.unflatten(flat)),)
+                return (self.function.log_joint(row, self.unflatten(flat)),)
 
             self._graphs[key] = capture_graph(one, (z, *inputs.flat()))
         return self._graphs[key]

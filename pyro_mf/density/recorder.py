@@ -110,6 +110,10 @@ class _Recorder(TorchDispatchMode):
         if _has_tensor(out):
             nodes = map_tensors(args, self.node_of), map_tensors(kwargs, self.node_of)
             self._remember(out, self.graph.call_function(func, *nodes))
+        returns = [r.name for r in func._schema.returns]
+        if "info" in returns:
+            with self:
+                return _nan_where_failed(out, returns.index("info"))
         return out
 
     def node_of(self, tensor: Tensor) -> Node:
@@ -160,3 +164,21 @@ def _has_tensor(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_has_tensor, value))
     return isinstance(value, Tensor)
+
+
+def _nan_where_failed(out: Any, where: int) -> tuple[Tensor, ...]:
+    """Results of a matrix factorisation, NaN for the matrices for which it failed.
+
+    In eager torch a check raises after such an operation, for the whole batch. In a graph one draw
+    whose matrix is not positive definite must not stop the others, and must not pass unseen either.
+    """
+    failed = out[where] != 0
+
+    def masked(x: Tensor) -> Tensor:
+        if not (x.is_floating_point() or x.is_complex()):
+            return x
+        return torch.where(
+            failed.reshape(failed.shape + (1,) * (x.dim() - failed.dim())), torch.nan, x
+        )
+
+    return tuple(masked(x) for x in out)

@@ -186,7 +186,8 @@ class Layout:
 
     def plate_scale(self) -> Tensor:
         """Per element, how many elements of the full plate it stands for, shape ``(D,)``."""
-        return torch.cat([torch.full((s.size,), s.plate_scale) for s in self.sites])
+        scales = [torch.full((s.size,), s.plate_scale, dtype=torch.float64) for s in self.sites]
+        return torch.cat(scales)
 
     def element_names(self) -> list[str]:
         """A readable name per element of the flat vector, such as ``theta[3]``."""

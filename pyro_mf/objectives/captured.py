@@ -14,13 +14,16 @@ from torch.distributions import transform_to
 from pyro_mf import _pyro
 from pyro_mf._errors import CaptureWarning
 from pyro_mf.density.capture import Backend, PureFunction
-from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Batch, Program
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.guides.prototype import model_indices
 from pyro_mf.objectives.entropy import EntropyEstimator
-from pyro_mf.objectives.non_finite import raise_non_finite
+from pyro_mf.objectives.non_finite import (
+    LinAlgError,
+    raise_failed_factorisation,
+    raise_non_finite,
+)
 
 # A model whose control flow depends on its data needs a new graph for new data; after this many a
 # stream of minibatches is better served by eager Pyro.
@@ -86,7 +89,10 @@ class CapturedELBO:
             family = self.guide.family
             noise = family.noise((num_particles, size), dtype=like.dtype, device=like.device)
             inputs = road.program.inputs(args, kwargs, indices)
-            loss, check, *gradients = road.run(noise, *stored, *inputs.flat())
+            try:
+                loss, check, *gradients = road.run(noise, *stored, *inputs.flat())
+            except LinAlgError as error:
+                raise_failed_factorisation(road.program, error)
             if not math.isfinite(check):
                 params = road.constrain(stored)
                 raise_non_finite(road.program, family, params, noise, inputs)
@@ -105,7 +111,8 @@ class CapturedELBO:
         if prototype.given:
             names = frozenset(prototype.given)
             indices |= model_indices(self.model, prototype.layout, args, kwargs, names)
-        return drawn, self.guide.layout.flat_index(indices) if indices else None
+        position = self.guide.layout.flat_index(indices) if indices else None
+        return drawn, None if position is None else position.to(prototype.device)
 
     def _road(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Road:
         for road in self._roads:
@@ -160,10 +167,9 @@ class _Road:
     def _build(self, batch: Batch) -> PureFunction:
         family, entropy = self._owner.guide.family, self._owner._entropy
         num_params = len(family.param_names)
-        counts = self.program.prototype
 
         def loss_and_gradients(noise: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            inputs = _unflatten(tensors[num_params:], len(counts.params), len(counts.subsamples))
+            inputs = self.program.unflatten(tensors[num_params:])
             with torch.enable_grad():
                 stored = tuple(p.detach().requires_grad_(True) for p in tensors[:num_params])
                 params = self.constrain(stored)
@@ -184,9 +190,3 @@ class _Road:
             return (loss, check, *gradients)
 
         return loss_and_gradients
-
-
-def _unflatten(flat: tuple[Tensor, ...], num_params: int, num_indices: int) -> Inputs:
-    second = len(flat) - num_indices
-    first = second - num_params
-    return Inputs(flat[:first], flat[first:second], flat[second:])

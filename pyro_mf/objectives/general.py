@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyro_mf import _pyro
 from pyro_mf._errors import GuideMismatchError, ModelError, NonFiniteError
 from pyro_mf.density.tracing import TracingMode
 from pyro_mf.objectives.entropy import EntropyEstimator
+from pyro_mf.objectives.non_finite import LinAlgError
 
 Fn = Callable[..., Any]
 
@@ -50,7 +52,7 @@ def traced_elbo(
     except ValueError:
         # Validation stops at the first NaN it meets, with a distribution's name; the site that made
         # it is found without.
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), contextlib.suppress(LinAlgError):
             estimate()
         raise
 

@@ -13,6 +13,8 @@ from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Program
 from pyro_mf.families import Family
 
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
 _CURE = (
     "Parameters keep their last finite values. Try a smaller step, another init_loc_fn, "
     "or float64; look for a log or division of zero at this site."
@@ -45,10 +47,26 @@ def raise_non_finite(
                 f"'{first}'. Something set it outside of this objective; set up a new guide."
             )
     for draw in family.transform(params, noise):
-        place = _first_site(program, draw, inputs)
+        try:
+            place = _first_site(program, draw, inputs)
+        except LinAlgError as error:
+            raise_failed_factorisation(program, error)
         if place is not None:
             raise NonFiniteError(f"{place}. {_CURE}")
     raise NonFiniteError(f"the loss or its gradient is not finite, at no site alone. {_CURE}")
+
+
+def raise_failed_factorisation(program: Program, error: Exception) -> NoReturn:
+    """Raise with the site after which a matrix could not be factorised.
+
+    Raises:
+        NonFiniteError: Always.
+    """
+    raise NonFiniteError(
+        f"a matrix cannot be factorised at a draw of the guide, after site "
+        f"'{program.function.last_site}': {str(error).splitlines()[0]} Parameters keep their last "
+        "finite values. Add jitter to the matrix's diagonal, or start from a smaller init_scale."
+    ) from error
 
 
 def _first_site(program: Program, draw: Tensor, inputs: Inputs) -> str | None:

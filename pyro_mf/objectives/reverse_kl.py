@@ -19,6 +19,9 @@ from pyro_mf.objectives.general import traced_elbo
 
 Fn = Callable[..., Any]
 
+# Graphs are kept for this many pairs of model and guide; an older pair is captured again.
+_MAX_PAIRS = 8
+
 
 class ReverseKL(ELBO):
     r"""Reverse (exclusive) divergence KL(q || p), through the evidence lower bound.
@@ -139,8 +142,9 @@ class ReverseKL(ELBO):
         for captured in self._captured:
             if captured.model is model and captured.guide is guide:
                 return captured
-        self._captured.append(CapturedELBO(model, guide, self.entropy, self.backend))
-        return self._captured[-1]
+        captured = CapturedELBO(model, guide, self.entropy, self.backend)
+        self._captured = [*self._captured[-_MAX_PAIRS:], captured]
+        return captured
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": []}  # graphs are cheap to make again and cannot travel

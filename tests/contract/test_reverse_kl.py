@@ -455,6 +455,24 @@ def test_gradient_that_is_not_finite_though_the_loss_is_names_the_site() -> None
     assert all(p.grad is None for p in guide.parameters())
 
 
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_matrix_that_cannot_be_factorised_keeps_the_parameters(stock) -> None:
+    def model(size: Tensor) -> None:
+        length = pyro.sample("length", dist.LogNormal(0.0, 1.0))
+        covariance = length * torch.eye(2) - size * torch.ones(2, 2)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=torch.zeros(2))
+
+    guide = AutoNormal(model) if stock else AutoMeanField(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=ReverseKL(2))
+    svi.step(torch.tensor(0.0))
+    before = copy.deepcopy(guide.state_dict())
+    match = "covariance_matrix" if stock else "cannot be factorised.*after site 'length'"
+    with pytest.raises(ValueError if stock else NonFiniteError, match=match):
+        svi.step(torch.tensor(9.0))
+    for key, value in guide.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
 def test_control_flow_on_data_is_captured_anew_and_then_left_to_eager() -> None:
     def model(x: Tensor) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0 if x.sum() > 0 else 9.0))

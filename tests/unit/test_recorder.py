@@ -109,3 +109,21 @@ def test_strides_are_part_of_the_signature() -> None:
     x = torch.arange(6.0).reshape(2, 3)
     for y in (x, x.T.contiguous().T):
         assert torch.equal(fn(y)[0], x.T.reshape(-1))
+
+
+def test_a_matrix_that_cannot_be_factorised_is_nan_for_its_draw_alone() -> None:
+    def fn(x: Tensor) -> tuple[Tensor, ...]:
+        def one(row: Tensor) -> Tensor:
+            matrix = torch.diag(row) + 0.1
+            solved = torch.cholesky_solve(torch.ones(2, 1), torch.linalg.cholesky(matrix))
+            return solved.sum()
+
+        return (torch.func.vmap(one)(x),)
+
+    graph = capture_graph(fn, (torch.ones(3, 2),))
+    x = torch.tensor([[1.0, 2.0], [1.0, -2.0], [3.0, 1.0]])
+    (out,) = graph(x)
+    assert out[1].isnan()
+    torch.testing.assert_close(out[[0, 2]], fn(x[[0, 2]])[0])
+    with pytest.raises(RuntimeError, match="not positive-definite"):
+        fn(x)  # what eager torch does
