@@ -25,8 +25,10 @@ def _global_state() -> dict[str, object]:
 def _restore(state: dict[str, object]) -> None:
     torch.set_default_dtype(state["default dtype"])
     torch.set_grad_enabled(state["gradient mode"])
-    torch.set_num_threads(state["torch threads"])
-    torch.use_deterministic_algorithms(state["deterministic algorithms"])
+    if torch.get_num_threads() != state["torch threads"]:
+        torch.set_num_threads(state["torch threads"])
+    if torch.are_deterministic_algorithms_enabled() != state["deterministic algorithms"]:
+        torch.use_deterministic_algorithms(state["deterministic algorithms"])  # loads inductor
     del _PYRO_STACK[state["open Pyro handlers"] :]
     pyro.settings.set(**{name: state[f"pyro setting {name}"] for name in pyro.settings.get()})
 
