@@ -18,6 +18,10 @@ NUTSBackend = Literal["auto", "nutpie", "pyro"]
 _SAMPLERS = {"nutpie": sample_nutpie, "pyro": sample_pyro}
 
 
+# A tree of depth three: what an easy posterior takes, and the least that is to be expected.
+_GRADIENTS_PER_DRAW = 8
+
+
 def run_nuts(
     model: Callable[..., Any],
     model_args: tuple[Any, ...] = (),
@@ -82,6 +86,7 @@ def run_nuts(
     begin = time.perf_counter()
     log_joint = LogJoint(model, model_args, model_kwargs)
     starts = log_joint.initial_points(num_chains, seed=seed)
+    log_joint.plan(_GRADIENTS_PER_DRAW * num_chains * (warmup_steps + num_samples))
     capture = time.perf_counter() - begin
     draws = _SAMPLERS[name](log_joint, starts, settings)
     return NUTSResult(

@@ -25,9 +25,8 @@ from pyro_mf.density.simplify import has_mutation, simplify
 Backend = Literal["auto", "graph", "compile", "eager"]
 BACKENDS: tuple[Backend, ...] = ("auto", "graph", "compile", "eager")
 
-# torch.compile takes 3 to 20 s. As in the ski-rental problem, waiting until the graph tier has cost
-# as much as compiling does keeps the total within a factor of two of the better choice.
-COMPILE_AFTER_SECONDS = 10.0
+# What compiling was seen to take on two shared cores, from 100 to 3500 nodes.
+_COMPILE_SECONDS, _COMPILE_SECONDS_PER_NODE = 4.0, 0.012
 
 PureFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -49,7 +48,12 @@ class GraphFunction:
         capture: Turns example tensors into something that runs on tensors like them: a graph, or
             any other callable where there is no graph.
         backend: ``"graph"`` runs the ATen graph as it is, ``"compile"`` compiles it with inductor,
-            ``"auto"`` starts with the graph and compiles when that has paid for itself.
+            ``"auto"`` starts with the graph and compiles when that pays.
+
+    Attributes:
+        planned_calls: How many calls are to come, where that is known; 0 where not.
+        num_captures: Captures so far.
+        capture_seconds: Seconds they took.
 
     Example:
         >>> square = GraphFunction(lambda t: capture_graph(lambda x: (x * x,), t), "graph")
@@ -63,6 +67,7 @@ class GraphFunction:
         self, capture: Callable[[tuple[Tensor, ...]], PureFunction], backend: Backend = "auto"
     ) -> None:
         self.backend = check_backend(backend)
+        self.planned_calls = 0
         self.num_captures = 0
         self.capture_seconds = 0.0
         self._capture = capture
@@ -74,32 +79,50 @@ class GraphFunction:
         runner = self._runners.get(key)
         if runner is None:
             start = time.perf_counter()
-            runner = self._runners[key] = _Runner(self._capture(tensors), self.backend)
+            runner = self._runners[key] = _Runner(self._capture(tensors), self)
             self.num_captures += 1
             self.capture_seconds += time.perf_counter() - start
         return runner(*tensors)
 
 
 class _Runner:
-    """One graph, and when to compile it."""
+    """One graph, and when to compile it.
 
-    def __init__(self, run: PureFunction, backend: Backend) -> None:
+    As in the ski-rental problem, waiting until the graph has cost as much as compiling it would
+    keeps the total within a factor of two of the better choice. Where it is known how many calls
+    are to come, there is no need to wait.
+    """
+
+    def __init__(self, run: PureFunction, owner: GraphFunction) -> None:
         self._run = run
+        self._owner = owner
+        self._calls = 0
         self._spent = 0.0
-        self._may_compile = isinstance(run, GraphModule) and backend in ("auto", "compile")
-        self._compile_after = 0.0 if backend == "compile" else COMPILE_AFTER_SECONDS
+        self._may_compile = isinstance(run, GraphModule) and owner.backend in ("auto", "compile")
+        self._compile_after = 0.0
+        if self._may_compile and owner.backend == "auto":
+            nodes = len(run.graph.nodes)  # type: ignore[attr-defined]
+            self._compile_after = _COMPILE_SECONDS + _COMPILE_SECONDS_PER_NODE * nodes
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if self._may_compile:
-            if self._spent >= self._compile_after:
-                self._compile(tensors)
-            start = time.perf_counter()
+        if not self._may_compile:
             with torch.no_grad():
-                out = self._run(*tensors)
-            self._spent += time.perf_counter() - start
-            return out
+                return self._run(*tensors)
+        if self._is_compiling_due():
+            self._compile(tensors)
+        start = time.perf_counter()
         with torch.no_grad():
-            return self._run(*tensors)
+            out = self._run(*tensors)
+        self._spent += time.perf_counter() - start
+        self._calls += 1
+        return out
+
+    def _is_compiling_due(self) -> bool:
+        if self._spent >= self._compile_after:
+            return True
+        if self._calls < 3:  # the first calls are not typical
+            return False
+        return self._owner.planned_calls * self._spent / self._calls >= self._compile_after
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> None:
         self._may_compile = False

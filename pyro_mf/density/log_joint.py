@@ -21,7 +21,7 @@ class LogJoint:
 
     Continuous latents are mapped to the unconstrained space and packed into one flat vector;
     discrete latents with a finite support are summed out. Learnable parameters of the model are
-    read anew at every call.
+    read anew at every call; what else it reads besides its arguments is read once.
 
     Args:
         model: A Pyro model.
@@ -62,13 +62,22 @@ class LogJoint:
         self.model = model
         self.model_args = tuple(model_args)
         self.model_kwargs = dict(model_kwargs or {})
-        self.program = Program(model, self.model_args, self.model_kwargs, backend=backend)
+        self._backend = backend
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.program = Program(
+            self.model, self.model_args, self.model_kwargs, backend=self._backend
+        )
         if self.program.prototype.subsampled:
             name = self.program.prototype.subsampled[0]
             raise ModelError(
                 f"the model subsamples plate '{name}', so its log density is that of a minibatch. "
                 "Expected the full data: call the model with the whole plate."
             )
+        self._fixed_inputs: tuple[Tensor, ...] | None = None
+        if not self.program.prototype.params:
+            self._fixed_inputs = self._inputs().flat()
         self._value = self.program.graph_function(self._build_value)
         self._value_and_grad = self.program.graph_function(self._build_value_and_grad)
 
@@ -115,8 +124,19 @@ class LogJoint:
         Returns:
             Values, shape ``(S,)``, and gradients, shape ``(S, D)``, both detached.
         """
-        value, gradient, *_ = self._value_and_grad(self._check(z).detach(), *self._inputs().flat())
+        value, gradient, *_ = self._value_and_grad(self._check(z).detach(), *self._flat_inputs())
         return value, gradient
+
+    def plan(self, num_gradients: int) -> None:
+        """Say how many calls of :meth:`value_and_grad` are to come.
+
+        With ``backend="auto"`` the graph is compiled at once where so many calls pay for it,
+        instead of after some time has been spent.
+
+        Args:
+            num_gradients: Number of calls, about; 0 where that is not known.
+        """
+        self._value_and_grad.planned_calls = num_gradients
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Map ``z`` of shape ``(..., D)`` to the latents' own space."""
@@ -174,7 +194,12 @@ class LogJoint:
         return self.program.prototype.device
 
     def _inputs(self) -> Inputs:
+        if not self.program.has_current_params():  # the parameter store was loaded or cleared
+            self._prepare()
         return self.program.inputs(self.model_args, self.model_kwargs)
+
+    def _flat_inputs(self) -> tuple[Tensor, ...]:
+        return self._inputs().flat() if self._fixed_inputs is None else self._fixed_inputs
 
     def _check(self, z: Tensor) -> Tensor:
         if z.dim() == 0 or z.shape[-1] != self.size:
@@ -200,7 +225,7 @@ class _Differentiable(torch.autograd.Function):
             value, gradient = log_joint.value_and_grad(z)
             ctx.save_for_backward(gradient)
             return value
-        return log_joint._value(z, *log_joint._inputs().flat())[0]
+        return log_joint._value(z, *log_joint._flat_inputs())[0]
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:

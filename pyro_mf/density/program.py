@@ -82,8 +82,10 @@ class Program:
             return False
         if self.function.is_frozen and _identity(args, kwargs) != self._identity:
             return False
-        if fingerprint(self.model) != self._fingerprint:
-            return False
+        return fingerprint(self.model) == self._fingerprint and self.has_current_params()
+
+    def has_current_params(self) -> bool:
+        """Whether the model would still read the same leaf tensors for its parameters."""
         return all(
             _pyro.is_current_leaf(name, leaf, self.model)
             for name, leaf in self.prototype.params.items()

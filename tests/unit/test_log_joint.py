@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.capture import _Runner
 from pyro_mf.density.program import Program
 
 
@@ -79,6 +80,28 @@ def test_parameters_are_inputs_and_get_read_anew() -> None:
     after = log_joint(z)
     # At loc = 0 only the prior's normaliser changes: log width goes from 0 to 2.
     torch.testing.assert_close(before - after, torch.tensor([2.0]))
+
+
+def test_a_parameter_that_was_replaced_in_the_store_is_noticed() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    log_joint = LogJoint(model)
+    first = log_joint(torch.zeros(1))
+    pyro.get_param_store()["loc"] = torch.tensor(2.0)  # a new leaf tensor
+    torch.testing.assert_close(log_joint(torch.zeros(1)), first - 2.0)
+
+
+def test_planned_calls_compile_at_once_where_they_pay_for_it(monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(_Runner, "_compile", lambda self, tensors: compiled.append(self))
+    z = torch.zeros(1, 1)
+    for planned, expected in ((0, False), (10, False), (10**9, True)):
+        log_joint = LogJoint(normal_model, (torch.tensor(X),))
+        log_joint.plan(planned)
+        for _ in range(5):
+            log_joint.value_and_grad(z)
+        assert bool(compiled) == expected
 
 
 def test_frozen_graph_serves_only_the_arguments_it_was_made_for() -> None:
