@@ -123,7 +123,7 @@ def run(problem: Problem, out: Path, *, smoke: bool) -> None:
     guide, losses = fit_by_svi(problem, steps=50 if smoke else 1000)
     laps.end("SVI")
     short = {"num_samples": 100, "warmup_steps": 100, "num_chains": 2}
-    full = {"num_samples": 500, "warmup_steps": 300, "num_chains": 4}
+    full = {"num_samples": 400, "warmup_steps": 200, "num_chains": 4}
     nuts = mf.run_nuts(
         problem.model,
         problem.args,
