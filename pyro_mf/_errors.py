@@ -23,6 +23,10 @@ class CaptureWarning(UserWarning):
     """A model could not be run from a captured graph, and a slower tier is used instead."""
 
 
+class ImproperWarning(UserWarning):
+    """The log density does not depend on some latents, so their posterior is improper."""
+
+
 class KhatWarning(UserWarning):
     """Importance weights are too heavy-tailed for what is computed from them."""
 

@@ -29,6 +29,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.util import check_site_shape as _check_site_shape
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -49,6 +50,15 @@ def is_factor(node: Node) -> bool:
 def is_deterministic(node: Node) -> bool:
     """Whether a trace node is a ``pyro.deterministic`` statement."""
     return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+
+
+def check_site_shape(node: Node) -> None:
+    """Raise Pyro's ValueError if the shape of a site's ``log_prob`` is not that of its plates.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    _check_site_shape(node, max_plate_nesting=float("inf"))  # type: ignore[arg-type]
 
 
 def is_enumerable(node: Node) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from pyro_mf._errors import ModelError
 from pyro_mf.baselines.draws import Settings
 from pyro_mf.baselines.nutpie_nuts import sample_nutpie
 from pyro_mf.baselines.pyro_nuts import sample_pyro
@@ -56,7 +57,8 @@ def run_nuts(
         progress: Whether to show a progress bar; ``None`` shows one in a terminal.
 
     Raises:
-        ModelError: If the model has no latent site, subsamples a plate, or cannot be started.
+        ModelError: If the model has no latent site, subsamples a plate, does not depend on some
+            latent, or cannot be started.
         ValueError: If a setting is out of its range.
         ImportError: If ``backend="nutpie"`` and nutpie is not installed.
 
@@ -86,6 +88,9 @@ def run_nuts(
     begin = time.perf_counter()
     log_joint = LogJoint(model, model_args, model_kwargs)
     starts = log_joint.initial_points(num_chains, seed=seed)
+    flat = log_joint.layout.describe_flat(log_joint.value_and_grad(starts)[1])
+    if flat is not None:
+        raise ModelError(f"{flat}. NUTS cannot sample from an improper posterior.")
     log_joint.plan(_GRADIENTS_PER_DRAW * num_chains * (warmup_steps + num_samples))
     capture = time.perf_counter() - begin
     draws = _SAMPLERS[name](log_joint, starts, settings)

@@ -15,7 +15,7 @@ from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.convert.datasets import Axes, to_numpy
 from pyro_mf.convert.vectorise import Run, run_many
-from pyro_mf.density.prototype import is_data
+from pyro_mf.density.checks import is_data
 
 
 def draw_observed(

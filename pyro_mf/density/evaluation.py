@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyro_mf import _pyro
 from pyro_mf.density.capture import capture_graph
+from pyro_mf.density.checks import is_data
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Mode, Program
-from pyro_mf.density.prototype import Prototype, is_data
+from pyro_mf.density.prototype import Prototype
 from pyro_mf.density.sites import Plate
 
 # Elements of all values of one chunk of draws: bounds memory at about 100 MB in float64.

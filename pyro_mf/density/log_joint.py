@@ -163,17 +163,20 @@ class LogJoint:
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         found: list[Tensor] = []
-        for attempt in range(100):
-            width = radius * 0.5 ** (attempt // 10)
+        failures = 0
+        while failures < 100:
+            width = radius * 0.5 ** (failures // 10)
             unit = torch.rand(1, self.size, generator=generator, dtype=self.dtype)
             point = (width * (2 * unit - 1)).to(self.device)
             if self._is_finite_at(point):
                 found.append(point)
+            else:
+                failures += 1
             if len(found) == num:
                 return torch.cat(found)
         raise ModelError(
             f"only {len(found)} of {num} starting points with a finite log density and gradient "
-            "were found in 100 tries. Check priors and data for impossible combinations."
+            "were found before 100 failed. Check priors and data for impossible combinations."
         )
 
     def _is_finite_at(self, point: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
+from pyro_mf.density.checks import invalid_data
 from pyro_mf.density.prototype import Prototype
 from pyro_mf.density.tracing import TracingMode, without_validation
 
@@ -50,6 +51,8 @@ class ModelFunction:
         prototype: What one execution of it showed.
         is_frozen: Take the tensors of these very arguments as constants, whatever is handed in, for
             models whose control flow depends on their values.
+        checks_data: Be NaN where observed data are outside their support, for data that change
+            from call to call.
 
     Attributes:
         last_site: The sample statement that the model reached last; tells where it failed.
@@ -63,10 +66,12 @@ class ModelFunction:
         prototype: Prototype,
         *,
         is_frozen: bool = False,
+        checks_data: bool = False,
     ) -> None:
         self.model = model
         self.prototype = prototype
         self.is_frozen = is_frozen
+        self.checks_data = checks_data
         self.last_site: str | None = None
         self._leaves, self._tree = tree_flatten((tuple(args), dict(kwargs)))
         self._sites = {site.name: site for site in prototype.layout.sites}
@@ -87,6 +92,10 @@ class ModelFunction:
         return tuple(
             torch.randperm(p.full_size)[: p.size] for p in self.prototype.subsamples.values()
         )
+
+    def typical_indices(self) -> tuple[Tensor, ...]:
+        """Indices like those of :meth:`draw_indices`, without a draw."""
+        return tuple(torch.arange(p.size) for p in self.prototype.subsamples.values())
 
     def trace(self, z: Tensor, inputs: Inputs) -> tuple[Any, Tensor]:
         """Run the model at one flat vector ``(D,)``.
@@ -111,6 +120,11 @@ class ModelFunction:
     def log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
         """``log p(x, z)`` on the unconstrained space at one flat vector ``(D,)``: a scalar."""
         trace, log_det = self.trace(z, inputs)
+        if self.checks_data:
+            for name in self.prototype.observed:
+                outside = invalid_data(trace.nodes[name])
+                if outside is not None:  # NaN, since a graph cannot raise
+                    log_det = log_det + torch.where(outside.any(), torch.nan, 0.0)
         if self.prototype.discrete:
             nesting = self.prototype.max_plate_nesting
             return log_det + _pyro.enumerated_log_prob(trace, nesting)

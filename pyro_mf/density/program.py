@@ -48,6 +48,7 @@ class Program:
         args: Positional arguments.
         kwargs: Keyword arguments.
         backend: See :class:`~pyro_mf.density.capture.GraphFunction`; ``"eager"`` captures nothing.
+        checks_data: As in :class:`ModelFunction`.
 
     Attributes:
         prototype: The model's structure.
@@ -63,11 +64,13 @@ class Program:
         kwargs: Mapping[str, Any],
         *,
         backend: Backend = "auto",
+        checks_data: bool = False,
     ) -> None:
         self.model = model
         self.backend = check_backend(backend)
         self.prototype: Prototype = run_prototype(model, args, kwargs)
-        self.function = ModelFunction(model, args, kwargs, self.prototype)
+        self._checks_data = checks_data
+        self.function = self._make_function(args, kwargs)
         self.mode: Mode = "eager" if self.backend == "eager" else "vmap"
         self.is_checked = self.backend == "eager"
         self._signature = signature(args, kwargs)
@@ -75,6 +78,18 @@ class Program:
         self._identity = _identity(args, kwargs)
         self._fingerprint = fingerprint(model)
         self._graphs: dict[Any, PureFunction] = {}
+
+    def _make_function(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_frozen: bool = False
+    ) -> ModelFunction:
+        return ModelFunction(
+            self.model,
+            args,
+            kwargs,
+            self.prototype,
+            is_frozen=is_frozen,
+            checks_data=self._checks_data,
+        )
 
     def matches(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether this program is right for these arguments and for the model as it is now."""
@@ -96,6 +111,7 @@ class Program:
         first = self._arguments[0]
         return (
             not kwargs
+            and not self._arguments[1]
             and len(args) == len(first)
             and all(a is b and isinstance(a, Tensor) for a, b in zip(args, first, strict=True))
         )
@@ -111,6 +127,10 @@ class Program:
         second = len(flat) - len(self.prototype.subsamples)
         first = second - len(self.prototype.params)
         return Inputs(flat[:first], flat[first:second], flat[second:])
+
+    def eager(self, build: Callable[[Batch], PureFunction]) -> PureFunction:
+        """What :meth:`graph_function` of ``build`` has to agree with."""
+        return build(self.function.eager_batch)
 
     def graph_function(self, build: Callable[[Batch], PureFunction]) -> GraphFunction:
         """A captured function that is built on the log joint of a batch of draws.
@@ -167,12 +187,10 @@ class Program:
         truth = eager(*tensors)  # raises where the model itself does
         self.is_checked = True
         reasons: list[str] = []
-        if _difference(truth, eager(*tensors)) is not None:
+        if difference(truth, eager(*tensors)) is not None:
             reasons.append("the log density is random: two runs at one point differ")
         for is_frozen in (False, True) if not reasons else ():
-            self.function = ModelFunction(
-                self.model, args, kwargs, self.prototype, is_frozen=is_frozen
-            )
+            self.function = self._make_function(args, kwargs, is_frozen=is_frozen)
             self._graphs.clear()
             others = self._other_values(tensors)
             for mode in _CAPTURED:
@@ -186,7 +204,7 @@ class Program:
                     return graph
                 reasons.append(reason)
         self.mode = "eager"
-        self.function = ModelFunction(self.model, args, kwargs, self.prototype)
+        self.function = self._make_function(args, kwargs)
         warnings.warn(
             "the model cannot be captured as a graph, so eager Pyro runs it at every call. Reason, "
             f"{reasons[0]}. Look for control flow on latent values, random operations and calls "
@@ -234,12 +252,12 @@ def signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 def _leaf_key(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (leaf.shape, leaf.dtype, leaf.device)
+        return (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
     if isinstance(leaf, np.ndarray):
         return (leaf.shape, str(leaf.dtype), leaf.tobytes())
     if isinstance(leaf, int | float | bool | str | bytes | type(None)):
         return (type(leaf), leaf)
-    return (type(leaf), id(leaf))
+    return (type(leaf), fingerprint(leaf))
 
 
 def _identity(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -259,14 +277,15 @@ def _disagreement(
                 raise
             continue  # values of our own making need not be valid for the model
         with torch.no_grad():
-            reason = _difference(truth, graph(*point))
+            reason = difference(truth, graph(*point))
         if reason is not None:
             where = ("", " at another point", " for other values of the arguments")[number]
             return f"captured and eager outputs differ by {reason}{where}"
     return None
 
 
-def _difference(truth: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> str | None:
+def difference(truth: tuple[Tensor, ...], got: tuple[Tensor, ...]) -> str | None:
+    """``None`` where two results agree to rounding, else by how much they do not."""
     for a, b in zip(truth, got, strict=True):
         # Rounding in sums of many terms, relative to the largest.
         tolerance = 1e-8 if a.dtype == torch.float64 else 2e-3

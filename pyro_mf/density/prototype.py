@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,20 @@ from torch import Tensor
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
+from pyro_mf.density.checks import (
+    check_latents,
+    check_observed,
+    check_shapes,
+    check_signature,
+    describe_arguments,
+    headline,
+    is_data,
+    is_discrete,
+)
+from pyro_mf.density.fingerprint import fingerprint
 from pyro_mf.density.sites import Layout, Plate
 from pyro_mf.density.supports import check_supports_are_fixed, value_at_zero
-from pyro_mf.density.tracing import without_validation
+from pyro_mf.density.tracing import GradientWatch
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Prototype:
         given: Plates whose indices the model is given, in any order and number.
         observed: Names of the observed sites.
         params: Learnable parameters: name to unconstrained leaf tensor.
+        has_side_effects: The model changed its own state when it ran, as BatchNorm does in
+            training.
+        has_foreign_gradients: The model uses tensors that require gradients and are not parameters
+            in Pyro's sense: an argument, or a module that was not registered.
         dtype: Floating dtype of the latents.
         device: Device of the latents.
     """
@@ -48,6 +62,8 @@ class Prototype:
     given: tuple[str, ...]
     observed: tuple[str, ...]
     params: dict[str, Tensor]
+    has_side_effects: bool
+    has_foreign_gradients: bool
     dtype: torch.dtype
     device: torch.device
 
@@ -73,28 +89,35 @@ def run_prototype(
     check_signature(model, args, kwargs)
     given: list[str] = []
 
+    last_site: list[str] = []
+    watch = GradientWatch()
+
     def run(value: Callable[[Any], Tensor]) -> Any:
         def put(msg: Any) -> None:
             if _pyro.is_subsample(msg):
                 if msg["value"] is not None:
                     given.append(msg["name"])
-            elif not msg["is_observed"] and not _is_discrete(msg["fn"]):
+                return
+            last_site.append(msg["name"])
+            if not msg["is_observed"] and not is_discrete(msg["fn"]):
                 msg["value"], msg["done"] = value(msg), True
 
-        with torch.no_grad(), poutine.block(), pyro.validation_enabled(True):
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(True), watch:
             with _pyro.substitute(put):
                 return poutine.trace(model).get_trace(*args, **kwargs)
 
+    before = fingerprint(model)
     try:
         trace = run(value_at_zero)
-    except ModelError:
-        raise
-    except ValueError as error:
-        reason = str(error).split("Trace Shapes")[0].strip()
+    except ModelError as error:
+        raise ModelError(str(error).split("Trace Shapes")[0].strip()) from error.__cause__
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        place = f"at or after site '{last_site[-1]}'" if last_site else "before its first site"
         raise ModelError(
-            f"the model cannot be run at its starting point (latents at the unconstrained zero)"
-            f"{_describe_arguments(args, kwargs)}: {reason}"
+            f"the model fails {place}, run with all latents at the unconstrained zero"
+            f"{describe_arguments(args, kwargs)}: {headline(error)}."
         ) from error
+    has_side_effects = fingerprint(model) != before
     nodes = {
         name: node
         for name, node in trace.nodes.items()
@@ -106,15 +129,20 @@ def run_prototype(
             "the model has no latent site: every pyro.sample statement is observed. "
             "Leave out `obs=` at the sites to infer."
         )
-    discrete = tuple(n for n, node in latent.items() if _is_discrete(node["fn"]))
-    for name in discrete:
-        _check_enumerable(name, latent[name])
+    check_latents(latent)
+    discrete = tuple(n for n, node in latent.items() if is_discrete(node["fn"]))
     continuous = {n: node for n, node in latent.items() if n not in discrete}
     check_observed(trace, args, kwargs)
+    check_shapes(trace)
     check_supports_are_fixed(continuous, run)
     like: Any = next((node["value"] for node in continuous.values()), torch.empty(0))
     plates = {n: _plates(node) for n, node in nodes.items()}
     subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
+    params = {
+        name: _pyro.param_leaf(node)
+        for name, node in trace.nodes.items()
+        if node["type"] == "param"
+    }
     return Prototype(
         layout=Layout.from_trace(continuous),
         full_layout=Layout.from_trace(continuous, full_size=True),
@@ -125,92 +153,12 @@ def run_prototype(
         subsamples={n: p for n, p in subsampled.items() if n not in given},
         given=tuple(dict.fromkeys(given)),
         observed=tuple(n for n, node in nodes.items() if is_data(node)),
-        params={
-            name: _pyro.param_leaf(node)
-            for name, node in trace.nodes.items()
-            if node["type"] == "param"
-        },
+        params=params,
+        has_side_effects=has_side_effects,
+        has_foreign_gradients=watch.saw_others_than(params.values()),
         dtype=like.dtype,
         device=like.device,
     )
-
-
-def is_data(node: Any) -> bool:
-    """Whether a trace node is an observed site that has a likelihood."""
-    return (
-        node["type"] == "sample"
-        and node["is_observed"]
-        and not _pyro.is_deterministic(node)
-        and not _pyro.is_factor(node)
-    )
-
-
-def check_signature(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Check that the model can be called with these arguments.
-
-    Raises:
-        ModelError: If it cannot; says what it takes.
-    """
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        signature = inspect.signature(target)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        name = getattr(model, "__name__", type(model).__name__)
-        raise ModelError(
-            f"the arguments do not fit the model: {error}. Expected {name}{signature}; got "
-            f"{len(args)} positional and keyword arguments {sorted(kwargs)}."
-        ) from error
-
-
-def check_observed(trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Check the data of every observed site.
-
-    Raises:
-        ModelError: If data are outside their support, NaN or infinite, and not masked.
-    """
-    for name, node in trace.nodes.items():
-        if not is_data(node):
-            continue
-        value = node["value"]
-        with torch.no_grad():
-            log_prob = without_validation(node["fn"]).log_prob(value)
-        if node["mask"] is not None:
-            log_prob = torch.where(torch.as_tensor(node["mask"]), log_prob, 0.0)
-        is_infinite = value.is_floating_point() and bool(value.isinf().any())
-        if torch.isnan(log_prob).any() or (is_infinite and torch.isinf(log_prob).any()):
-            raise ModelError(
-                f"observed site '{name}' has a log probability that is not finite at "
-                f"{int((~torch.isfinite(log_prob)).sum())} of {log_prob.numel()} elements; its data"
-                f" hold {_describe(value)}{_describe_arguments(args, kwargs)}. "
-                "Remove or mask the missing values (poutine.mask)."
-            )
-        try:
-            with torch.no_grad():
-                node["fn"].log_prob(value)
-        except ValueError as error:
-            raise ModelError(
-                f"observed site '{name}' ({type(node['fn']).__name__}) cannot score its data: "
-                f"{error} Check the values, shape and dtype given as `obs=`."
-            ) from error
-
-
-def _is_discrete(fn: Any) -> bool:
-    return bool(fn.has_enumerate_support) or bool(getattr(fn.support, "is_discrete", False))
-
-
-def _check_enumerable(name: str, node: Any) -> None:
-    if not node["fn"].has_enumerate_support:
-        raise ModelError(
-            f"latent site '{name}' ({type(node['fn']).__name__}) is discrete with an unbounded "
-            f"support ({node['fn'].support}), so it has no bijection to an unconstrained space and "
-            "cannot be summed out. Marginalise it by hand, or bound its support."
-        )
 
 
 def _event_dim(node: Any) -> int:
@@ -227,23 +175,3 @@ def _plates(node: Any) -> tuple[Plate, ...]:
         if f.vectorized
     ]
     return tuple(sorted(plates, key=lambda p: p.dim))
-
-
-def _describe(value: Tensor) -> str:
-    if not value.is_floating_point():
-        return "no missing values"
-    nan, inf = int(value.isnan().sum()), int(value.isinf().sum())
-    return f"{nan} NaN and {inf} infinite values" if nan or inf else "no missing values"
-
-
-def _describe_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    named = {f"argument {i}": value for i, value in enumerate(args)}
-    named |= {f"'{name}'": value for name, value in kwargs.items()}
-    bad = [
-        f"{name} holds {_describe(value)}"
-        for name, value in named.items()
-        if isinstance(value, Tensor)
-        and value.is_floating_point()
-        and not bool(torch.isfinite(value).all())
-    ]
-    return f" ({'; '.join(bad)})" if bad else ""

@@ -34,6 +34,11 @@ def paused() -> Iterator[None]:
         yield
 
 
+def is_recording() -> bool:
+    """Whether operations become part of a graph here."""
+    return _active.get() is not None
+
+
 @contextmanager
 def _recording_to(recorder: _Recorder | None) -> Iterator[None]:
     token = _active.set(recorder)

@@ -197,6 +197,25 @@ class Layout:
                 names.append(f"{s.name}[{','.join(map(str, index))}]" if index else s.name)
         return names
 
+    def describe_flat(self, gradient: Tensor) -> str | None:
+        """Say on which elements a log density does not depend, judged by gradients.
+
+        Args:
+            gradient: Gradients of the log density at one or more points, shape ``(..., D)``.
+
+        Returns:
+            A sentence, or ``None`` where it depends on all.
+        """
+        flat = (gradient.reshape(-1, self.size) == 0).all(0).nonzero().reshape(-1).tolist()
+        if not flat:
+            return None
+        names = self.element_names()
+        return (
+            f"the log density does not depend on {len(flat)} of {self.size} latent elements, first "
+            f"'{names[flat[0]]}': their posterior is flat and improper. Give them a proper prior, "
+            "or leave out what is masked"
+        )
+
     def _pairs(self, z: Tensor) -> list[tuple[Site, Tensor]]:
         unconstrained = self.unpack(z)
         return [(s, unconstrained[s.name]) for s in self.sites]

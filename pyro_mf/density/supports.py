@@ -54,7 +54,7 @@ def check_supports_are_fixed(
     Raises:
         ModelError: If a support moves when other latents do.
     """
-    movable = [name for name, node in latents.items() if _has_tensor_bounds(node["fn"].support)]
+    movable = [name for name, node in latents.items() if has_tensor_bounds(node["fn"].support)]
     if not movable:
         return
 
@@ -72,7 +72,7 @@ def check_supports_are_fixed(
             )
 
 
-def _has_tensor_bounds(support: constraints.Constraint) -> bool:
+def has_tensor_bounds(support: constraints.Constraint) -> bool:
     """Whether a support's bounds are tensors, and so may change from one run to the next."""
     while hasattr(support, "base_constraint"):
         support = support.base_constraint

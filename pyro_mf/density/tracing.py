@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_mf.density.recorder import map_tensors, paused
+from pyro_mf.density.recorder import is_recording, map_tensors, paused
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_READS_VALUES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
 
 
 class TracingMode(TorchFunctionMode):
@@ -47,6 +48,11 @@ class TracingMode(TorchFunctionMode):
             if not isinstance(attribute, Tensor):
                 return attribute  # requires_grad and the like stay those of the parameter
         tensors: list[Tensor] = []
+        if func in _READS_VALUES and is_recording() and id(args[0]) in self._dependent:
+            raise RuntimeError(
+                f"a tensor that varies leaves torch through Tensor.{func.__name__}, where no graph "
+                "can follow"
+            )
 
         def replaced(tensor: Tensor) -> Tensor:
             tensors.append(self._table.get(id(tensor), tensor))
@@ -67,6 +73,26 @@ class TracingMode(TorchFunctionMode):
 
     def _mark(self, tensor: Tensor) -> None:
         self._dependent[id(tensor)] = tensor
+
+
+class GradientWatch(TorchFunctionMode):
+    """Notes every tensor that requires a gradient among those that torch functions are given."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def note(tensor: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                if tensor.requires_grad:
+                    self._seen[id(tensor)] = tensor
+
+        map_tensors((args, kwargs or {}), note)
+        return func(*args, **(kwargs or {}))
+
+    def saw_others_than(self, known: Iterable[Tensor]) -> bool:
+        """Whether there was a tensor besides these."""
+        return bool(self._seen.keys() - {id(t) for t in known})
 
 
 def _is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -90,10 +116,11 @@ def without_validation(fn: Any) -> Any:
     if not _validates(fn):
         return fn
     fn = copy.copy(fn)
-    fn._validate_args = False
-    for name, value in vars(fn).items():
+    for name, value in list(vars(fn).items()):
         if isinstance(value, torch.distributions.Distribution):
             setattr(fn, name, without_validation(value))
+    # Last, since an Independent hands this on to its base, which is a copy by now.
+    fn._validate_args = False
     return fn
 
 

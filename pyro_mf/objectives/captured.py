@@ -5,30 +5,33 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributions import transform_to
 
 from pyro_mf import _pyro
-from pyro_mf._errors import CaptureWarning
-from pyro_mf.density.capture import Backend, PureFunction
-from pyro_mf.density.program import Batch, Program
+from pyro_mf._errors import CaptureWarning, ImproperWarning
+from pyro_mf.density.capture import Backend
+from pyro_mf.density.program import Program, value_and_gradients
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.guides.prototype import model_indices
 from pyro_mf.objectives.entropy import EntropyEstimator
+from pyro_mf.objectives.loss_graph import LossGraph, StaleGraphError
 from pyro_mf.objectives.non_finite import (
     LinAlgError,
     raise_failed_factorisation,
     raise_non_finite,
 )
 
-# A model whose control flow depends on its data needs a new graph for new data; after this many a
-# stream of minibatches is better served by eager Pyro.
-_MAX_FROZEN_CAPTURES = 3
-_MAX_PROGRAMS = 16
+# Graphs are kept for this many shapes of the arguments.
+_MAX_GRAPHS = 16
+# A stream of calls that each need a new graph is better served by eager Pyro; this many are borne.
+_MAX_PROGRAMS, _MAX_FROZEN_PROGRAMS = 8, 2
+
+Estimate: TypeAlias = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+"""A loss, the leaf tensors that it depends on, and its gradients by them."""
 
 
 class CapturedELBO:
@@ -52,15 +55,22 @@ class CapturedELBO:
     ) -> None:
         self.model = model
         self.guide = guide
-        self.num_captures = 0
         self._entropy = entropy
         self._backend = backend
-        self._roads: list[_Road] = []
-        self._frozen_captures = 0
+        self._graphs: list[LossGraph] = []
+        self._calls = 0
+        self._programs = 0
+        self._frozen_programs = 0
+        self._is_given_up = False
+
+    @property
+    def num_captures(self) -> int:
+        """How many graphs were captured and are kept."""
+        return sum(graph.num_captures for graph in self._graphs)
 
     def value_and_gradients(
         self, num_particles: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    ) -> Estimate | None:
         """Estimate the loss at fresh noise.
 
         Args:
@@ -70,43 +80,52 @@ class CapturedELBO:
 
         Returns:
             The negative ELBO in nats, the unconstrained leaf tensors it depends on (the guide's,
-            then the model's), and its gradients by them.
+            then the model's), and its gradients by them. ``None`` where a graph would not mean the
+            same as running model and guide, which a warning has said.
 
         Raises:
             NonFiniteError: If loss or gradient is not finite; names the site.
             GuideMismatchError: If the guide was built for another model.
         """
+        if self._is_given_up:
+            return None
         self.guide.setup(*args, **kwargs)
-        road = self._road(args, kwargs)
-        prototype = road.program.prototype
+        self._calls += 1
+        graph = self._find(args, kwargs) or self._add(args, kwargs)
+        if graph is None:
+            return None
+        prototype = graph.program.prototype
         for name, leaf in prototype.params.items():
             _pyro.emit_param(name, leaf)
-        indices, position = self._minibatch(road, args, kwargs)
+        indices, position = self._minibatch(graph, args, kwargs)
         leaves = self.guide.flat_leaves()
         with torch.no_grad():
             stored = leaves if position is None else tuple(x[position] for x in leaves)
             like, size = stored[0], prototype.layout.size
             family = self.guide.family
             noise = family.noise((num_particles, size), dtype=like.dtype, device=like.device)
-            inputs = road.program.inputs(args, kwargs, indices)
+            inputs = graph.program.inputs(args, kwargs, indices)
             try:
-                loss, check, *gradients = road.run(noise, *stored, *inputs.flat())
+                loss, check, *gradients = graph.run(noise, *stored, *inputs.flat())
+            except StaleGraphError:
+                self._drop(graph)
+                return self.value_and_gradients(num_particles, args, kwargs)
             except LinAlgError as error:
-                raise_failed_factorisation(road.program, error)
+                raise_failed_factorisation(graph.program, error)
             if not math.isfinite(check):
-                params = road.constrain(stored)
-                raise_non_finite(road.program, family, params, noise, inputs)
+                params = graph.constrain(stored)
+                raise_non_finite(graph.program, family, params, noise, inputs)
             if position is not None:
                 for i, leaf in enumerate(leaves):
                     gradients[i] = torch.zeros_like(leaf).index_add_(0, position, gradients[i])
         return loss, (*leaves, *prototype.params.values()), tuple(gradients)
 
     def _minibatch(
-        self, road: _Road, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, graph: LossGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Indices for the model to use, and where the minibatch's parameters are in the guide."""
-        prototype = road.program.prototype
-        drawn = road.program.function.draw_indices()
+        prototype = graph.program.prototype
+        drawn = graph.program.function.draw_indices()
         indices = dict(zip(prototype.subsamples, drawn, strict=True))
         if prototype.given:
             names = frozenset(prototype.given)
@@ -114,79 +133,92 @@ class CapturedELBO:
         position = self.guide.layout.flat_index(indices) if indices else None
         return drawn, None if position is None else position.to(prototype.device)
 
-    def _road(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Road:
-        for road in self._roads:
-            if road.program.matches(args, kwargs):
-                return road
-        self._roads = [r for r in self._roads if not r.program.function.is_frozen]
-        if len(self._roads) >= _MAX_PROGRAMS:
-            self._roads.pop(0)
-        backend = self._backend
-        if self._frozen_captures >= _MAX_FROZEN_CAPTURES:
-            backend = "eager"
-        road = _Road(self, Program(self.model, args, kwargs, backend=backend))
-        check_same_sites(road.program.prototype.layout, self.guide.layout)
-        self._roads.append(road)
-        return road
+    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossGraph | None:
+        return next((g for g in self._graphs if g.program.matches(args, kwargs)), None)
 
-    def note_capture(self, program: Program) -> None:
-        """Count a capture; too many of a model that needs one for every data set end in eager."""
-        self.num_captures += 1
-        if program.function.is_frozen:
-            self._frozen_captures += 1
-            if self._frozen_captures == _MAX_FROZEN_CAPTURES:
-                warnings.warn(
-                    "the model's control flow depends on the values of its arguments, so every new "
-                    "set of arguments needs a new graph; further ones are run by eager Pyro.",
-                    CaptureWarning,
-                    stacklevel=2,
-                )
+    def _add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LossGraph | None:
+        program = Program(self.model, args, kwargs, backend=self._backend, checks_data=True)
+        check_same_sites(program.prototype.layout, self.guide.layout)
+        frozen = [g for g in self._graphs if g.program.function.is_frozen]
+        self._programs += 1
+        self._frozen_programs += len(frozen)
+        reason = self._reason_against(program, args, kwargs)
+        if reason is not None:
+            self._is_given_up = True
+            self._graphs.clear()
+            warnings.warn(
+                f"{reason}, so this model and guide are run by eager Pyro instead of from a graph.",
+                CaptureWarning,
+                stacklevel=2,
+            )
+            return None
+        _warn_of_flat_latents(program, args, kwargs)
+        kept = [g for g in self._graphs if g not in frozen][-_MAX_GRAPHS:]
+        self._graphs = [*kept, LossGraph(program, self.guide, self._entropy)]
+        return self._graphs[-1]
+
+    def _reason_against(
+        self, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> str | None:
+        """Why a graph would not mean the same as Pyro's own road, or not pay."""
+        prototype = program.prototype
+        if prototype.has_side_effects:
+            return "the model changes its own state when it runs (as BatchNorm does in training)"
+        if prototype.has_foreign_gradients:
+            return (
+                "the model uses tensors that require gradients and are not parameters of Pyro's "
+                "(register modules with pyro.module or make them PyroModules)"
+            )
+        if prototype.given and self._draws_indices(program, args, kwargs):
+            return "the model draws the indices of its minibatch by itself (use subsample_size)"
+        if self._frozen_programs >= _MAX_FROZEN_PROGRAMS:
+            return (
+                "the model's control flow depends on the values of its arguments, and every new "
+                "set of arguments would need a new graph"
+            )
+        if self._programs > _MAX_PROGRAMS and self._programs > self._calls / 2:
+            return (
+                "nearly every call would need a new graph: an argument that is not a tensor, or "
+                "something else that the model reads, changes all the time (pass it as a tensor)"
+            )
+        return None
+
+    def _draws_indices(
+        self, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        names, layout = frozenset(program.prototype.given), program.prototype.layout
+        first, second = (model_indices(self.model, layout, args, kwargs, names) for _ in range(2))
+        return any(not torch.equal(first[name], second[name]) for name in first)
+
+    def _drop(self, graph: LossGraph) -> None:
+        """Forget the graph of a model that has changed in a way that no key shows."""
+        self._graphs.remove(graph)
+        warnings.warn(
+            "the model has changed since its graph was captured, in something that it reads "
+            "besides its arguments: losses of earlier steps may be those of the model as it was. "
+            "It is captured anew; pass what changes as an argument.",
+            CaptureWarning,
+            stacklevel=2,
+        )
 
 
-class _Road:
-    """The captured loss for arguments of one shape."""
-
-    def __init__(self, owner: CapturedELBO, program: Program) -> None:
-        self.program = program
-        self._owner = owner
-        self._scale = program.prototype.layout.plate_scale()
-        self._function = program.graph_function(self._build)
-
-    def constrain(self, stored: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The family's parameters from the tensors that the guide stores."""
-        constraints = self._owner.guide.param_constraints
-        return tuple(transform_to(c)(x) for c, x in zip(constraints, stored, strict=True))
-
-    def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        before = self._function.num_captures
-        out = self._function(*tensors)
-        if self._function.num_captures > before:
-            self._owner.note_capture(self.program)
-        return out
-
-    def _build(self, batch: Batch) -> PureFunction:
-        family, entropy = self._owner.guide.family, self._owner._entropy
-        num_params = len(family.param_names)
-
-        def loss_and_gradients(noise: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            inputs = self.program.unflatten(tensors[num_params:])
-            with torch.enable_grad():
-                stored = tuple(p.detach().requires_grad_(True) for p in tensors[:num_params])
-                params = self.constrain(stored)
-                leaves = tuple(p.detach().requires_grad_(True) for p in inputs.params)
-                z = family.transform(params, noise)
-                log_joint = batch(z, inputs._replace(params=leaves)).mean()
-                per_element = entropy.per_element(family, params, z)
-                if per_element.dim() > 1:
-                    per_element = per_element.mean(0)
-                scale = self._scale.to(per_element)
-                loss = -(log_joint + (scale * per_element).sum())
-                gradients = torch.autograd.grad(
-                    loss, (*stored, *leaves), allow_unused=True, materialize_grads=True
-                )
-            loss = loss.detach()
-            # One number that is finite where everything is.
-            check = loss + 0.0 * sum(g.sum() for g in gradients)
-            return (loss, check, *gradients)
-
-        return loss_and_gradients
+def _warn_of_flat_latents(
+    program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Warn of latents on which nothing depends: their scales grow as long as training goes on."""
+    prototype = program.prototype
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, prototype.layout.size, generator=generator, dtype=torch.float64)
+    z = z.to(dtype=prototype.dtype, device=prototype.device)
+    inputs = program.inputs(args, kwargs, program.function.typical_indices())
+    try:
+        _, gradient, *_ = value_and_gradients(program.function.eager_batch, 0.3 * z, inputs)
+    except (RuntimeError, ValueError):  # no density at these points; the training will tell
+        return
+    flat = prototype.layout.describe_flat(gradient)
+    if flat is not None:
+        warnings.warn(
+            f"{flat}; as it is, the loss falls without bound as their scales grow.",
+            ImproperWarning,
+            stacklevel=2,
+        )

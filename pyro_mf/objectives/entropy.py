@@ -97,9 +97,15 @@ def get_entropy(entropy: str | EntropyEstimator) -> EntropyEstimator:
     """Find an estimator by name, or return the one given.
 
     Raises:
+        TypeError: If it is neither a name nor an estimator.
         ValueError: If the name is unknown.
     """
     if not isinstance(entropy, str):
+        if not hasattr(entropy, "per_element"):
+            raise TypeError(
+                f"entropy must be one of {', '.join(ESTIMATORS)}, or an object with the methods of "
+                f"EntropyEstimator; got {entropy!r}."
+            )
         return entropy
     if entropy in ESTIMATORS:
         return ESTIMATORS[entropy]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_mf import _pyro
-from pyro_mf._errors import NonFiniteError
+from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf.density.checks import invalid_data, is_data
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Program
 from pyro_mf.families import Family
@@ -34,7 +35,8 @@ def raise_non_finite(
         inputs: The model's inputs.
 
     Raises:
-        NonFiniteError: Always.
+        NonFiniteError: If a site's log probability or gradient is not finite.
+        ModelError: If data are NaN or outside their support.
     """
     params = tuple(p.detach() for p in params)
     for name, value in zip(family.param_names, params, strict=True):
@@ -79,7 +81,16 @@ def _first_site(program: Program, draw: Tensor, inputs: Inputs) -> str | None:
             if node["type"] == "sample" and not _pyro.is_subsample(node)
         }
         for name, node in nodes.items():
-            if not bool(torch.isfinite(node["value"]).all()):
+            if is_data(node):
+                outside = invalid_data(node)
+                if outside is not None and bool(outside.any()):
+                    raise ModelError(
+                        f"observed site '{name}' ({type(node['fn']).__name__}) has "
+                        f"{int(outside.sum())} values that are NaN or outside its support "
+                        f"{node['fn'].support}. Parameters keep their last values. Clean the data, "
+                        "or mask them with poutine.mask and put valid numbers in their place."
+                    )
+            elif not bool(torch.isfinite(node["value"]).all()):
                 return f"site '{name}' has a value that is not finite"
             if not bool(torch.isfinite(node["log_prob"]).all()):
                 worst = node["log_prob"][~torch.isfinite(node["log_prob"])].reshape(-1)[0].item()

@@ -12,8 +12,9 @@ from torch import Tensor
 from pyro_mf import _pyro
 from pyro_mf._errors import NonFiniteError
 from pyro_mf.density.capture import Backend, check_backend
+from pyro_mf.density.recorder import map_tensors
 from pyro_mf.guides.protocol import is_factorised
-from pyro_mf.objectives.captured import CapturedELBO
+from pyro_mf.objectives.captured import CapturedELBO, Estimate
 from pyro_mf.objectives.entropy import EntropyEstimator, get_entropy
 from pyro_mf.objectives.general import traced_elbo
 
@@ -40,6 +41,8 @@ class ReverseKL(ELBO):
         entropy: How the entropy term is estimated: ``"closed_form"``, ``"stl"`` (sticking the
             landing) or ``"monte_carlo"``.
         backend: ``"auto"``, ``"graph"``, ``"compile"`` or ``"eager"`` for the captured road.
+        vectorize_particles: Accepted for code that was written for Pyro's objectives; the captured
+            road is always vectorised, the general one never.
         max_plate_nesting: As in :class:`pyro.infer.ELBO`; needed only on the general road with
             discrete latents and dynamic structure.
 
@@ -71,6 +74,7 @@ class ReverseKL(ELBO):
         *,
         entropy: str | EntropyEstimator = "closed_form",
         backend: Backend = "auto",
+        vectorize_particles: bool = True,
         max_plate_nesting: float = float("inf"),
     ) -> None:
         if isinstance(num_particles, bool) or not isinstance(num_particles, int):
@@ -96,11 +100,9 @@ class ReverseKL(ELBO):
             NonFiniteError: If loss or gradient is not finite. No gradient is stored then, so the
                 parameters keep their values.
         """
-        if self._is_captured(guide):
-            captured = self._captured_elbo(model, guide)
-            loss, tensors, gradients = captured.value_and_gradients(
-                self.num_particles, args, kwargs
-            )
+        estimate = self._captured_estimate(model, guide, args, kwargs)
+        if estimate is not None:
+            loss, tensors, gradients = estimate
             _add_gradients(tensors, gradients)
             return float(loss)
         total = self._general_loss(model, guide, args, kwargs)
@@ -110,11 +112,9 @@ class ReverseKL(ELBO):
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Estimate the negative ELBO in nats as a tensor that can be differentiated once."""
-        if self._is_captured(guide):
-            captured = self._captured_elbo(model, guide)
-            loss, tensors, gradients = captured.value_and_gradients(
-                self.num_particles, args, kwargs
-            )
+        estimate = self._captured_estimate(model, guide, args, kwargs)
+        if estimate is not None:
+            loss, tensors, gradients = estimate
             return _WithGradients.apply(loss, gradients, *tensors)  # type: ignore[no-any-return,no-untyped-call]
         return self._general_loss(model, guide, args, kwargs)
 
@@ -130,13 +130,19 @@ class ReverseKL(ELBO):
             "ReverseKL does not hand out traces; use loss, loss_and_grads or differentiable_loss."
         )
 
-    def _is_captured(self, guide: Any) -> bool:
-        """Whether the captured road means the same as running model and guide here."""
-        return (
-            is_factorised(guide)
-            and getattr(guide, "create_plates", None) is None
-            and not _pyro.handlers_around()
-        )
+    def _captured_estimate(self, model: Fn, guide: Any, args: Any, kwargs: Any) -> Estimate | None:
+        """The captured road's estimate, where that means the same as running model and guide."""
+        if (
+            not is_factorised(guide)
+            or getattr(guide, "create_plates", None) is not None
+            or _pyro.handlers_around()
+        ):
+            return None
+        captured = self._captured_elbo(model, guide)
+        # Graphs are captured with gradients, which tensors made in inference mode refuse.
+        with torch.inference_mode(mode=False):
+            args, kwargs = map_tensors((args, kwargs), _outside_inference_mode)
+            return captured.value_and_gradients(self.num_particles, args, kwargs)
 
     def _captured_elbo(self, model: Fn, guide: Any) -> CapturedELBO:
         for captured in self._captured:
@@ -148,6 +154,10 @@ class ReverseKL(ELBO):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": []}  # graphs are cheap to make again and cannot travel
+
+
+def _outside_inference_mode(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x
 
 
 class _WithGradients(torch.autograd.Function):

@@ -18,7 +18,13 @@ CALLABLE = {
 }
 RETURNED = {"NUTSResult", "PosteriorComparison"}
 RAISED = {"ModelError", "GuideMismatchError", "GuideNotSetUpError", "NonFiniteError"}
-WARNED = {"CaptureWarning", "ConversionWarning", "KhatWarning", "MinibatchWarning"}
+WARNED = {
+    "CaptureWarning",
+    "ConversionWarning",
+    "ImproperWarning",
+    "KhatWarning",
+    "MinibatchWarning",
+}
 
 
 def test_public_names_are_exactly_these():

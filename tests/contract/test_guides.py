@@ -319,7 +319,8 @@ def test_nested_names_are_reached_by_attributes(make):
 
 def test_improper_priors_need_no_draw(make):
     def model():
-        pyro.sample("z", dist.ImproperUniform(constraints.simplex, (2,), (3,)))
+        with pyro.plate("pair", 2):
+            pyro.sample("z", dist.ImproperUniform(constraints.simplex, (2,), (3,)))
 
     state = torch.get_rng_state()
     guide = make(model).setup()
