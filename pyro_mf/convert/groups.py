@@ -103,7 +103,7 @@ def evaluate_draws(log_joint: LogJoint, z: Tensor, *, log_likelihood: bool) -> E
                 f"unconstrained space: NaN, or rounded onto the edge of {site.support}. Sample in "
                 "float64, or look at the run."
             )
-    _ = log_joint.tier  # captures and checks the density, without which evaluate runs in a loop
+    _ = log_joint.mode  # captures and checks the density, without which evaluate runs in a loop
     if log_likelihood:
         return log_joint.evaluate(z)
     chunks = z.split(_rows_at_once(log_joint.evaluate(z[:1])))

@@ -92,8 +92,8 @@ class LogJoint:
         return self.layout.size
 
     @property
-    def tier(self) -> Mode:
-        """How the density runs: ``"vmap"``, ``"graph"``, ``"loop"`` (captured) or ``"eager"``."""
+    def mode(self) -> Mode:
+        """How draws are vectorised: ``"vmap"``, ``"graph"``, ``"loop"``, or not: ``"eager"``."""
         if not self.program.is_checked:
             self.value_and_grad(torch.zeros(1, self.size, dtype=self.dtype, device=self.device))
         return self.program.mode
@@ -144,7 +144,7 @@ class LogJoint:
 
     def evaluate(self, z: Tensor) -> Evaluation:
         """Run the model at each row of ``(S, D)`` and collect everything it computes."""
-        _ = self.tier  # how to vectorise is known from the first capture on
+        _ = self.mode  # how to vectorise is known from the first capture on
         return evaluate(self.program, self._check(z).detach(), self._inputs())
 
     def initial_points(self, num: int, *, seed: int | None = None, radius: float = 2.0) -> Tensor:

@@ -29,7 +29,7 @@ def test_is_captured_in_the_expected_mode_and_equals_eager(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no fall-back
         captured = LogJoint(case.model, case.args, backend="graph")
-        assert captured.tier == case.mode
+        assert captured.mode == case.mode
     assert captured.program.function.is_frozen == case.is_frozen
     z = points(captured)
     value, gradient = captured.value_and_grad(z)
@@ -71,7 +71,7 @@ def test_control_flow_on_latents_falls_back_to_eager_and_says_why() -> None:
     case = make("control_flow_on_latents")
     log_joint = LogJoint(case.model, case.args)
     with pytest.warns(CaptureWarning, match=r"cannot be captured.*after site 'loc'.*control flow"):
-        assert log_joint.tier == "eager"
+        assert log_joint.mode == "eager"
     z = torch.tensor([[0.5], [-0.5]])  # one on each side of the branch
     (y,) = case.args
     loc = torch.tensor([1.0, -0.5])
@@ -83,7 +83,7 @@ def test_control_flow_on_latents_falls_back_to_eager_and_says_why() -> None:
 def test_randomness_inside_the_model_falls_back_to_eager_and_says_why() -> None:
     case = make("random_numbers_inside")
     with pytest.warns(CaptureWarning, match="log density is random"):
-        assert LogJoint(case.model, case.args).tier == "eager"
+        assert LogJoint(case.model, case.args).mode == "eager"
 
 
 @pytest.mark.parametrize("name", ["dirichlet_mixture", "registered_module_and_params"])

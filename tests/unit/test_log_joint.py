@@ -59,7 +59,7 @@ def test_float32_is_kept() -> None:
         z = log_joint.initial_points(2, seed=1)
         assert z.dtype == torch.float32
         assert log_joint(z).dtype == torch.float32
-        assert log_joint.tier == "vmap"
+        assert log_joint.mode == "vmap"
     finally:
         torch.set_default_dtype(previous)
 
@@ -112,7 +112,7 @@ def test_frozen_graph_serves_only_the_arguments_it_was_made_for() -> None:
 
     x = torch.tensor(X)
     log_joint = LogJoint(model, (x,), backend="graph")
-    assert log_joint.tier == "vmap"
+    assert log_joint.mode == "vmap"
     program = log_joint.program
     assert program.matches((x,), {})
     assert not program.matches((-x,), {})
@@ -336,4 +336,4 @@ def test_bounds_that_come_with_the_data_are_fine() -> None:
     x = torch.tensor(X)
     log_joint = LogJoint(model, (x,))
     assert float(log_joint.constrain(torch.zeros(1))["scale"]) == pytest.approx(1.0)
-    assert log_joint.tier == "vmap"
+    assert log_joint.mode == "vmap"
