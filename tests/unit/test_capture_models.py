@@ -86,7 +86,7 @@ def test_randomness_inside_the_model_falls_back_to_eager_and_says_why() -> None:
         assert LogJoint(case.model, case.args).mode == "eager"
 
 
-@pytest.mark.parametrize("name", ["dirichlet_mixture", "registered_module_and_params"])
+@pytest.mark.parametrize("name", ["masked_plate", "registered_module_and_params"])
 def test_compiled_equals_eager(name: str) -> None:
     case = make(name)
     compiled = LogJoint(case.model, case.args, backend="compile")

@@ -46,7 +46,8 @@ def convert(**kwargs):
 @pytest.fixture(scope="module")
 def mcmc():
     torch.manual_seed(0)
-    sampler = MCMC(NUTS(schools), num_samples=40, warmup_steps=40, disable_progbar=True)
+    kernel = NUTS(schools, max_tree_depth=4)
+    sampler = MCMC(kernel, num_samples=40, warmup_steps=40, disable_progbar=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sampler.run(*data())
@@ -216,8 +217,9 @@ def nuts():
     return run_nuts(
         schools,
         data(),
-        num_samples=60,
-        warmup_steps=60,
+        num_samples=30,
+        warmup_steps=30,
+        max_tree_depth=5,
         num_chains=2,
         backend="pyro",
         progress=False,
