@@ -25,8 +25,9 @@ from pyro_mf.density.simplify import has_mutation, simplify
 Backend = Literal["auto", "graph", "compile", "eager"]
 BACKENDS: tuple[Backend, ...] = ("auto", "graph", "compile", "eager")
 
-# What compiling was seen to take on two shared cores, from 100 to 3500 nodes.
-_COMPILE_SECONDS, _COMPILE_SECONDS_PER_NODE = 4.0, 0.012
+# What compiling was seen to take on two shared cores, from 100 to 3500 nodes. The first time on a
+# machine inductor also gets to know the compiler: about 20 s in all, 5 s in the next process.
+_COMPILE_SECONDS, _FIRST_COMPILE_SECONDS, _COMPILE_SECONDS_PER_NODE = 4.0, 15.0, 0.012
 
 PureFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -93,16 +94,15 @@ class _Runner:
     are to come, there is no need to wait.
     """
 
+    has_compiled = False  # in this process
+
     def __init__(self, run: PureFunction, owner: GraphFunction) -> None:
         self._run = run
         self._owner = owner
         self._calls = 0
         self._spent = 0.0
         self._may_compile = isinstance(run, GraphModule) and owner.backend in ("auto", "compile")
-        self._compile_after = 0.0
-        if self._may_compile and owner.backend == "auto":
-            nodes = len(run.graph.nodes)  # type: ignore[attr-defined]
-            self._compile_after = _COMPILE_SECONDS + _COMPILE_SECONDS_PER_NODE * nodes
+        self._nodes = len(run.graph.nodes) if isinstance(run, GraphModule) else 0
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if not self._may_compile:
@@ -118,11 +118,15 @@ class _Runner:
         return out
 
     def _is_compiling_due(self) -> bool:
-        if self._spent >= self._compile_after:
+        if self._owner.backend == "compile":
+            return True
+        cost = _COMPILE_SECONDS if _Runner.has_compiled else _FIRST_COMPILE_SECONDS
+        cost += _COMPILE_SECONDS_PER_NODE * self._nodes
+        if self._spent >= cost:
             return True
         if self._calls < 3:  # the first calls are not typical
             return False
-        return self._owner.planned_calls * self._spent / self._calls >= self._compile_after
+        return self._owner.planned_calls * self._spent / self._calls >= cost
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> None:
         self._may_compile = False
@@ -148,6 +152,7 @@ class _Runner:
             )
             return
         self._run = compiled
+        _Runner.has_compiled = True
 
 
 def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
