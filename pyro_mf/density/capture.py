@@ -7,10 +7,15 @@ is not used: it is deprecated.
 
 from __future__ import annotations
 
+import functools
+import getpass
+import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +31,7 @@ Backend = Literal["auto", "graph", "compile", "eager"]
 BACKENDS: tuple[Backend, ...] = ("auto", "graph", "compile", "eager")
 
 # What compiling was seen to take on two shared cores, from 100 to 3500 nodes. The first time on a
-# machine inductor also gets to know the compiler: about 20 s in all, 5 s in the next process.
+# machine inductor also gets to know the compiler, about 20 s in all, and keeps that on disk.
 _COMPILE_SECONDS, _FIRST_COMPILE_SECONDS, _COMPILE_SECONDS_PER_NODE = 4.0, 15.0, 0.012
 
 PureFunction = Callable[..., tuple[Tensor, ...]]
@@ -94,8 +99,6 @@ class _Runner:
     are to come, there is no need to wait.
     """
 
-    has_compiled = False  # in this process
-
     def __init__(self, run: PureFunction, owner: GraphFunction) -> None:
         self._run = run
         self._owner = owner
@@ -120,7 +123,7 @@ class _Runner:
     def _is_compiling_due(self) -> bool:
         if self._owner.backend == "compile":
             return True
-        cost = _COMPILE_SECONDS if _Runner.has_compiled else _FIRST_COMPILE_SECONDS
+        cost = _COMPILE_SECONDS if _has_compiled_before() else _FIRST_COMPILE_SECONDS
         cost += _COMPILE_SECONDS_PER_NODE * self._nodes
         if self._spent >= cost:
             return True
@@ -152,7 +155,16 @@ class _Runner:
             )
             return
         self._run = compiled
-        _Runner.has_compiled = True
+
+
+@functools.cache
+def _has_compiled_before() -> bool:
+    """Whether inductor has left its files on this machine; only a guess of time hangs on it."""
+    try:
+        default = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return False
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)).is_dir()
 
 
 def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
