@@ -194,9 +194,10 @@ def accel_gp(y: Tensor, x: Tensor, slambda: Tensor, x_sigma: Tensor, slambda_sig
         pyro.factor(f"sdgp_{suffix}prior", dist.StudentT(3.0, 0.0, 36.0).log_prob(sd))
         length = pyro.sample(f"lscale_{suffix}1", dist.InverseGamma(1.124909, 0.0177))
         z = pyro.sample(f"zgp_{suffix}1", normal(0, 1, len(frequencies)))
-        density = sd**2 * math.sqrt(2 * math.pi) * length
-        density = density * torch.exp(-(length**2) * frequencies[:, 0] ** 2 / 2)
-        return basis @ (density.sqrt() * z)
+        # The root of the spectral density by hand: the root of an underflow has no gradient.
+        root = sd * (math.sqrt(2 * math.pi) * length).sqrt()
+        root = root * torch.exp(-(length**2) * frequencies[:, 0] ** 2 / 4)
+        return basis @ (root * z)
 
     intercept = pyro.sample("Intercept", dist.StudentT(3.0, -13.0, 36.0))
     f = intercept + process("", x, slambda)
