@@ -128,10 +128,6 @@ class Program:
         first = second - len(self.prototype.params)
         return Inputs(flat[:first], flat[first:second], flat[second:])
 
-    def eager(self, build: Callable[[Batch], PureFunction]) -> PureFunction:
-        """What :meth:`graph_function` of ``build`` has to agree with."""
-        return build(self.function.eager_batch)
-
     def graph_function(self, build: Callable[[Batch], PureFunction]) -> GraphFunction:
         """A captured function that is built on the log joint of a batch of draws.
 
