@@ -19,6 +19,10 @@ class NonFiniteError(FloatingPointError):
     """A density, loss or gradient is NaN or infinite; the message names the site."""
 
 
+class LinearResponseError(ArithmeticError):
+    """There is no linear-response covariance at these parameters; the message says why."""
+
+
 class CaptureWarning(UserWarning):
     """A model could not be run from a captured graph, and a slower tier is used instead."""
 

@@ -221,6 +221,31 @@ class FlatGuide(AutoGuide):
             leaf = self.get_parameter(f"{param}_unconstrained")
             leaf[site.start : site.stop] = transform_to(constraint).inv(value).reshape(-1)
 
+    def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
+        """Write the family's parameters, as :meth:`flat_params` gives them.
+
+        Args:
+            params: Constrained parameters in the family's order, each ``(D,)``.
+
+        Raises:
+            ValueError: If one has another shape or does not satisfy its constraint.
+        """
+        for leaf, old, value, name, constraint in zip(
+            self.flat_leaves(),
+            self.flat_params(),
+            params,
+            self.family.param_names,
+            self.param_constraints,
+            strict=True,
+        ):
+            if value.shape != old.shape or not bool(constraint.check(value).all()):
+                raise ValueError(
+                    f"{name} must have shape {tuple(old.shape)} and satisfy {constraint}; got "
+                    f"shape {tuple(value.shape)}: {value}."
+                )
+            with torch.no_grad():
+                leaf.copy_(transform_to(constraint).inv(value.detach().to(leaf)))
+
     @property
     def param_constraints(self) -> tuple[constraints.Constraint, ...]:
         """How parameters are stored: positive ones through softplus, as in Pyro's AutoNormal."""

@@ -1,0 +1,1 @@
+"""``fit()``: chooses a solver, runs it, and returns the result."""
