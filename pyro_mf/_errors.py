@@ -41,3 +41,19 @@ class MinibatchWarning(UserWarning):
 
 class ConversionWarning(UserWarning):
     """A conversion leaves something out; the message says what and why."""
+
+
+class CheckpointError(ValueError):
+    """A file holds no saved fit of this model; the message says what is wrong with it."""
+
+
+class ConvergenceWarning(UserWarning):
+    """A fit ended before it had converged; the message says why, with the numbers."""
+
+
+class ModesWarning(UserWarning):
+    """Fits from different starts ended at different optima."""
+
+
+class DifferentDataWarning(UserWarning):
+    """A saved fit is loaded with other data than those it was fitted to."""

@@ -196,6 +196,18 @@ def own_parameters(module: Any, params: tuple[str, ...]) -> None:
     _OWNED.update({mine: True for mine in own if mine is not None})
 
 
+def name_anew(module: Any, base: str) -> None:
+    """Give a ``PyroModule`` that has no parameters yet a name under which the store has none.
+
+    Args:
+        module: The module.
+        base: The name, to which a number is added where it is taken.
+    """
+    taken = {name.split(".")[0] for name in pyro.get_param_store()}
+    numbered = (f"{base}_{i}" for i in itertools.count(1))
+    module._pyro_name = next(n for n in itertools.chain([base], numbered) if n not in taken)
+
+
 def nuts_state(kernel: Any) -> tuple[float, float]:
     """Log joint at a NUTS kernel's current draw, and the phase's mean acceptance so far."""
     return -float(kernel._potential_energy_last), float(kernel._mean_accept_prob)

@@ -1,1 +1,6 @@
-"""``fit()``: chooses a solver, runs it, and returns the result."""
+"""``fit``: one call from a model to its mean-field posterior, and what comes back."""
+
+from pyro_mf.fitting.fit import fit
+from pyro_mf.fitting.result import FitResult
+
+__all__ = ["FitResult", "fit"]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from pyro_mf.solvers.linear_response import LinearResponse
+
 StopReason = Literal["converged", "budget", "interrupted", "diverged"]
 """Why a solver stopped. Whatever the reason, the guide holds the best parameters it has seen."""
 
@@ -47,6 +49,8 @@ class Outcome:
         num_gradients: Gradient evaluations of the ELBO's estimate.
         seconds: Wall time by phase.
         notes: Sentences on what went wrong on the way and what was done about it.
+        response: Linear response at the optimum, where the solver computed it.
+        refusal: Why there is none.
         state: Tensors and numbers from which the solver can go on.
     """
 
@@ -58,6 +62,8 @@ class Outcome:
     num_gradients: int
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+    response: LinearResponse | None = None
+    refusal: str = ""
     state: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -1,0 +1,91 @@
+"""What ``print(result)`` shows."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from pyro_mf._errors import LinearResponseError
+from pyro_mf.fitting.progress import with_error
+from pyro_mf.guides.flat_guide import FlatGuide
+
+if TYPE_CHECKING:
+    from pyro_mf.fitting.result import FitResult
+
+_WIDTH = 100
+_INDENT = 18
+_VERDICTS = {
+    "converged": "converged",
+    "budget": "NOT CONVERGED, the budget is spent",
+    "interrupted": "INTERRUPTED, the best so far",
+    "diverged": "DIVERGED, not to be used",
+}
+
+
+def one_line(result: FitResult) -> str:
+    """A line for lists and debuggers."""
+    elbo = with_error(result.elbo, result.elbo_se)
+    seconds = sum(result.seconds.values())
+    return (
+        f"FitResult({result.problem.name}: {result.stop_reason}, ELBO {elbo}, {result.solver}, "
+        f"{result.num_gradients} gradients, {seconds:.2f} s)"
+    )
+
+
+def report(result: FitResult) -> str:
+    """The report of a few lines.
+
+    Args:
+        result: A result.
+    """
+    lines = [
+        f"Mean-field fit of '{result.problem.name}': {_VERDICTS[result.stop_reason]}",
+        _line("ELBO", f"{with_error(result.elbo, result.elbo_se)} nats"),
+        _line("latents", _latents(result)),
+        _line("solver", f"{result.solver}: {result.reason}"),
+        _line("stopped", result.message),
+        _line("cost", _cost(result)),
+        _line("linear response", _linear_response(result)),
+    ]
+    if len(result.restarts) > 1:
+        elbos = ", ".join(f"{optimum.outcome.elbo:.2f}" for optimum in result.restarts)
+        lines.append(_line("restarts", f"ELBOs {elbos}"))
+    lines += [_line("note", note) for note in result.notes]
+    return "\n".join(lines)
+
+
+def _latents(result: FitResult) -> str:
+    sites = result.layout.sites
+    names = [f"{s.name} {list(s.shape)}" if s.shape else s.name for s in sites]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"{result.layout.size} unconstrained elements: {shown}"
+
+
+def _cost(result: FitResult) -> str:
+    phases = ", ".join(f"{name} {s:.2f}" for name, s in result.seconds.items() if s >= 0.005)
+    total = sum(result.seconds.values())
+    return f"{result.num_gradients} gradients, {total:.2f} s" + (f" ({phases})" if phases else "")
+
+
+def _linear_response(result: FitResult) -> str:
+    if isinstance(result.response, LinearResponseError):
+        return f"none: {result.response}"
+    if result.response is None or not isinstance(result.guide, FlatGuide):
+        return "not computed yet; result.linear_response()"
+    ratio = result.response.sd / result.restarts[result.best].params[1]
+    index = int(ratio.argmax())
+    return (
+        f"sds are {float(ratio.median()):.2f} times the mean-field's (median), at most "
+        f"{float(ratio[index]):.2f} times ('{result.layout.element_names()[index]}')"
+    )
+
+
+def _line(label: str, text: str) -> str:
+    first = f"  {label}".ljust(_INDENT)
+    return textwrap.fill(
+        " ".join(text.split()),
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * _INDENT,
+        break_long_words=False,
+    )

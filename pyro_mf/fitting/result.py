@@ -1,0 +1,297 @@
+"""``FitResult``: a trained guide with everything that is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import LinearResponseError, ModelError
+from pyro_mf.convert.guide_draws import draw_guide
+from pyro_mf.convert.vectorise import forked_seed
+from pyro_mf.density import Layout, LogJoint
+from pyro_mf.families import Normal
+from pyro_mf.fitting.problem import Problem, at_least
+from pyro_mf.fitting.restarts import Optimum
+from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.linear_response import LinearResponse, linear_response
+from pyro_mf.solvers.outcome import Outcome, StopReason
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FitResult:
+    """What :func:`~pyro_mf.fit` returns; printing it shows the report.
+
+    Args:
+        problem: Model, arguments, trained guide and objective.
+        solver: Which solver ran: ``"deterministic"`` or ``"stochastic"``.
+        reason: Why that one.
+        seed: Seed of the fit.
+        restarts: Where each start ended, in order; one entry without restarts.
+        best: Index of the optimum that is the result.
+        seconds: Wall time by phase, all starts together.
+        notes: Sentences on what went wrong on the way and what was done about it.
+        response: The linear response, or why there is none, where that is known already;
+            :meth:`linear_response` finds it where not.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_mf.fitting import fit
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+        >>> result = fit(model, (torch.tensor([1.0, 2.0, 3.0]),))
+        >>> result.converged, round(result.guide.median()["loc"].item(), 3)
+        (True, 1.5)
+    """
+
+    problem: Problem
+    solver: str
+    reason: str
+    seed: int
+    restarts: tuple[Optimum, ...]
+    best: int
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+    response: LinearResponse | LinearResponseError | None = None
+
+    # -- what was reached ------------------------------------------------------------------------
+
+    @property
+    def guide(self) -> Any:
+        """The trained guide; it works with everything of Pyro's that takes a guide."""
+        return self.problem.guide
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the solver reported of the best start."""
+        return self.restarts[self.best].outcome
+
+    @property
+    def elbo(self) -> float:
+        """ELBO of the guide in nats, at fresh draws."""
+        return self.outcome.elbo
+
+    @property
+    def elbo_se(self) -> float:
+        """Standard error of :attr:`elbo` in nats."""
+        return self.outcome.elbo_se
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Negative ELBO in nats after each iteration of the best start."""
+        return self.outcome.losses
+
+    @property
+    def stop_reason(self) -> StopReason:
+        """``"converged"``, ``"budget"``, ``"interrupted"`` or ``"diverged"``."""
+        return self.outcome.stop_reason
+
+    @property
+    def converged(self) -> bool:
+        """Whether the solver stopped because it was done."""
+        return self.outcome.converged
+
+    @property
+    def message(self) -> str:
+        """Why the solver stopped, with the numbers."""
+        return self.outcome.message
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradient evaluations of all starts together."""
+        return sum(optimum.outcome.num_gradients for optimum in self.restarts)
+
+    @property
+    def layout(self) -> Layout:
+        """Where each latent site lives in the flat vector, plates at full size."""
+        return self.guide.layout if isinstance(self.guide, FlatGuide) else self.log_joint.layout
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The model with its full data as a density.
+
+        Raises:
+            ModelError: If the model subsamples its data.
+        """
+        return self.problem.log_joint
+
+    # -- using it --------------------------------------------------------------------------------
+
+    def linear_response(self) -> LinearResponse:
+        """Location and covariance of the unconstrained latents, corrected for mean field.
+
+        Raises:
+            LinearResponseError: If there is none at this optimum; the message says why.
+        """
+        found = self._found_response
+        if isinstance(found, LinearResponseError):
+            raise LinearResponseError(str(found))
+        return found
+
+    @cached_property
+    def _found_response(self) -> LinearResponse | LinearResponseError:
+        if self.response is not None:
+            return self.response
+        guide = self.guide
+        if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
+            return LinearResponseError("linear response needs an AutoMeanField of Normal factors")
+        try:
+            return linear_response(self.log_joint, self.restarts[self.best].params, seed=self.seed)
+        except LinearResponseError as error:
+            return error
+        except ModelError as error:
+            return LinearResponseError(f"linear response needs the full data: {error}")
+
+    def linear_response_guide(self) -> Any:
+        """A Pyro guide whose uncertainty is that of linear response.
+
+        Returns:
+            An :class:`~pyro.infer.autoguide.AutoMultivariateNormal` with location and covariance of
+            :meth:`linear_response`, for ``Predictive``, ``from_pyro_svi`` and everything else.
+
+        Raises:
+            LinearResponseError: If there is none at this optimum; the message says why.
+        """
+        from pyro_mf.fitting.full_rank import full_rank_guide
+
+        response = self.linear_response()
+        return full_rank_guide(self.problem, response.loc, response.scale_tril)
+
+    def summary(self, *, deterministic: bool = False) -> pd.DataFrame:
+        """Mean, sd and quantiles of every scalar element, in the model's own space.
+
+        Args:
+            deterministic: Whether to add ``pyro.deterministic`` sites, from 4000 draws run through
+                the model.
+
+        Returns:
+            One row per element, named as ``theta[0]``, with columns ``mean``, ``sd``, ``5%``,
+            ``50%`` and ``95%`` of the mean-field posterior, and ``mean_lr`` and ``sd_lr`` with the
+            covariance from linear response. These two are NaN where there is none, and
+            ``.attrs["linear_response"]`` says why.
+        """
+        from pyro_mf.fitting.summary import summarise
+
+        return summarise(self, deterministic=deterministic)
+
+    def sample(
+        self, num_draws: int, *, linear_response: bool = False, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Draw from the fitted posterior, in the model's own space and on full plates.
+
+        Args:
+            num_draws: Number of draws S, at least 1.
+            linear_response: Whether to draw from the Gaussian of :meth:`linear_response`, with
+                correlations, in place of the mean-field posterior.
+            seed: Seed of the draws.
+
+        Returns:
+            For every latent site a tensor ``(S, *shape)``, as ``Predictive`` takes.
+
+        Raises:
+            LinearResponseError: If linear response is asked for and there is none.
+        """
+        z = self.sample_unconstrained(num_draws, linear_response=linear_response, seed=seed)
+        return self.layout.constrain(z)
+
+    def sample_unconstrained(
+        self, num_draws: int, *, linear_response: bool = False, seed: int = 0
+    ) -> Tensor:
+        """Draw flat unconstrained vectors, shape ``(S, D)``; see :meth:`sample`."""
+        at_least("num_draws", num_draws, 1)
+        if linear_response:
+            response = self.linear_response()
+            with forked_seed(seed):
+                noise = torch.randn(num_draws, len(response.loc), dtype=torch.float64)
+            return response.loc + noise.to(response.loc) @ response.scale_tril.mT
+        args, kwargs = self.problem.model_args, self.problem.model_kwargs
+        return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed).z
+
+    def to_arviz(self, *, linear_response: bool = False, **kwargs: Any) -> Any:
+        """Convert for ArviZ.
+
+        A fit with restarts becomes one chain per start, each drawn from the optimum that it ended
+        at, so that R-hat shows whether they agree. With ``num_chains`` or ``like`` all chains are
+        drawn from the best.
+
+        Args:
+            linear_response: Whether to draw from the Gaussian of :meth:`linear_response`.
+            **kwargs: As for :func:`pyro_mf.from_pyro_svi`.
+
+        Returns:
+            An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
+
+        Raises:
+            LinearResponseError: If linear response is asked for and there is none.
+        """
+        from pyro_mf.fitting.chains import convert_result
+
+        return convert_result(self, linear_response=linear_response, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit to one file, whole or not at all.
+
+        The file holds tensors, numbers and strings, so ``torch.load(path, weights_only=True)``
+        reads it. It holds neither model nor data.
+
+        Args:
+            path: The file; one that exists is replaced.
+
+        Raises:
+            TypeError: If the guide is a function, whose parameters are in Pyro's store.
+        """
+        from pyro_mf.fitting.archive import save_result
+
+        save_result(self, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Any,
+        model_args: tuple[Any, ...] = (),
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        guide: Any | None = None,
+    ) -> FitResult:
+        """Read a fit back.
+
+        Args:
+            path: A file that :meth:`save` wrote. Nothing in it is run.
+            model: The model of the fit.
+            model_args: Its positional arguments.
+            model_kwargs: Its keyword arguments.
+            guide: A new guide to load into; needed only where ``fit`` was given one that is not an
+                ``AutoMeanField``.
+
+        Returns:
+            The result. Learnable parameters of the model get their fitted values.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            CheckpointError: If the file is cut short, none of ours, of a newer version, or of a fit
+                of another model.
+        """
+        from pyro_mf.fitting.archive import load_result
+
+        return load_result(Path(path), model, model_args, model_kwargs, guide)
+
+    def __repr__(self) -> str:
+        from pyro_mf.fitting.report import one_line
+
+        return one_line(self)
+
+    def __str__(self) -> str:
+        from pyro_mf.fitting.report import report
+
+        return report(self)

@@ -1,0 +1,155 @@
+"""The table of a fit: mean, sd and quantiles of every scalar element, in the model's own space.
+
+Where a site is mapped element by element, moments are one-dimensional integrals and computed by
+quadrature, exactly for real sites. Simplices, ordered vectors and matrices are drawn.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+
+from pyro_mf._errors import LinearResponseError
+from pyro_mf.families import Family, Normal
+from pyro_mf.guides.flat_guide import FlatGuide
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pyro_mf.density import Site
+    from pyro_mf.fitting.result import FitResult
+
+_DRAWS = 4000
+_NODES = 128  # of a Gauss-Hermite rule: exact to rounding for exp(u) with sds up to about 5
+_GRID = 4001  # quantiles that stand for a factor of another family
+_PROBABILITIES = (0.05, 0.5, 0.95)
+
+
+class Moments(NamedTuple):
+    """Mean and sd of a site's elements, each ``(*shape)``, and quantiles ``(3, *shape)``."""
+
+    mean: Tensor
+    sd: Tensor
+    quantiles: Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Independent one-dimensional factors over the flat unconstrained vector.
+
+    Args:
+        family: Their family.
+        params: Its parameters, each ``(D,)``.
+    """
+
+    family: Family
+    params: tuple[Tensor, ...]
+
+    def moments(self, site: Site) -> Moments | None:
+        """Moments of one site in the model's space; ``None`` unless mapped by element."""
+        if not _is_elementwise(site):
+            return None
+        params = tuple(p[site.start : site.stop] for p in self.params)
+        if isinstance(self.family, Normal):
+            x, w = np.polynomial.hermite_e.hermegauss(_NODES)
+            noise, weights = torch.as_tensor(x), torch.as_tensor(w / w.sum())
+            nodes = self.family.transform(params, noise.to(params[0])[:, None])
+        else:
+            grid = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID
+            weights = torch.full_like(grid, 1 / _GRID)
+            nodes = self.family.quantile(params, grid.to(params[0].device)[:, None])
+
+        def constrained(u: Tensor) -> Tensor:
+            return site.transform(u.reshape(-1, *site.unconstrained_shape))  # type: ignore[no-any-return]
+
+        values = constrained(nodes)
+        mean, sd = _mean_and_sd(values, weights.to(values))
+        at = torch.tensor(_PROBABILITIES, dtype=torch.float64, device=values.device)[:, None]
+        # Sorted, since a map to a support with an upper bound turns the axis around.
+        return Moments(mean, sd, constrained(self.family.quantile(params, at)).sort(0).values)
+
+
+def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame:
+    """See :meth:`pyro_mf.FitResult.summary`."""
+    import pandas as pd
+
+    guide, factors, reason = result.guide, None, None
+    if isinstance(guide, FlatGuide):
+        factors = Factors(guide.family, tuple(p.detach() for p in guide.flat_params()))
+    plain = _moments(result, factors, linear_response=False, deterministic=deterministic)
+    corrected: dict[str, Moments] = {}
+    try:
+        response = result.linear_response()
+    except LinearResponseError as error:
+        reason = str(error)
+    else:
+        factors = Factors(Normal(), (response.loc, response.sd))
+        corrected = _moments(result, factors, linear_response=True, deterministic=deterministic)
+    parts = [_table(site, m, corrected.get(site)) for site, m in plain.items()]
+    table = pd.concat(parts)
+    table.attrs = {} if reason is None else {"linear_response": reason}
+    return table
+
+
+def _moments(
+    result: FitResult, factors: Factors | None, *, linear_response: bool, deterministic: bool
+) -> dict[str, Moments]:
+    found = {}
+    for site in result.layout.sites:
+        exact = None if factors is None else factors.moments(site)
+        found[site.name] = exact
+    if deterministic or None in found.values():
+        z = result.sample_unconstrained(_DRAWS, linear_response=linear_response)
+        draws = result.layout.constrain(z)
+        if deterministic:
+            draws |= result.log_joint.evaluate(z).deterministics
+        found = {name: found.get(name) or _of_draws(values) for name, values in draws.items()}
+    return {name: moments for name, moments in found.items() if moments is not None}
+
+
+def _table(site: str, plain: Moments, corrected: Moments | None) -> pd.DataFrame:
+    import pandas as pd
+
+    unknown = torch.full_like(plain.mean, torch.nan)
+    columns = {
+        "mean": plain.mean,
+        "sd": plain.sd,
+        "mean_lr": unknown if corrected is None else corrected.mean,
+        "sd_lr": unknown if corrected is None else corrected.sd,
+    }
+    columns |= {f"{p:.0%}": q for p, q in zip(_PROBABILITIES, plain.quantiles, strict=True)}
+    return pd.DataFrame(
+        {name: values.cpu().double().numpy().ravel() for name, values in columns.items()},
+        index=_element_names(site, plain.mean.shape),
+    )
+
+
+def _of_draws(draws: Tensor) -> Moments:
+    draws = draws.double()
+    at = torch.tensor(_PROBABILITIES, dtype=draws.dtype, device=draws.device)
+    mean, sd = _mean_and_sd(draws, draws.new_full((len(draws),), 1 / len(draws)))
+    return Moments(mean, sd, torch.quantile(draws, at, dim=0))
+
+
+def _mean_and_sd(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.tensordot(weights, values, 1)
+    return mean, torch.tensordot(weights, (values - mean).square(), 1).sqrt()
+
+
+def _is_elementwise(site: Site) -> bool:
+    support: Any = site.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    transform = biject_to(support)
+    return bool(transform.domain.event_dim == 0 and transform.codomain.event_dim == 0)
+
+
+def _element_names(site: str, shape: torch.Size) -> list[str]:
+    indices = itertools.product(*map(range, shape))
+    return [f"{site}[{','.join(map(str, index))}]" if index else site for index in indices]

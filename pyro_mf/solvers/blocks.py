@@ -1,0 +1,81 @@
+"""The log joint at any number of rows, in blocks of one size.
+
+One size means one captured graph for all that a solver asks, and a bound on memory: a block takes
+the memory that its rows take, however many draws are asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_mf.density import LogJoint
+
+# Rows of a block: enough for the arithmetic to outweigh the overhead of an operation.
+_MAX_ROWS = 32
+# Memory of one block, where a gradient takes about as much again as the values it starts from.
+_BLOCK_BYTES = 128 * 2**20
+# Finite differences: steps in units of the directions given, by the rounding of the dtype.
+_STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
+
+
+class Blocks:
+    """Values, gradients and Hessian products of a log joint, in double precision.
+
+    A draw at which the density raises, or is not finite, has value ``-inf`` and gradient zero.
+
+    Args:
+        log_joint: The density.
+
+    Attributes:
+        num_rows: Rows of a block.
+        num_calls: Blocks computed so far.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        self.log_joint = log_joint
+        per_row = max(1, log_joint.bytes_per_draw)
+        self.num_rows = max(1, min(_MAX_ROWS, _BLOCK_BYTES // per_row))
+        self.num_calls = 0
+
+    @property
+    def size(self) -> int:
+        """Length D of a row."""
+        return self.log_joint.size
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint, shape ``(S,)``, and gradient, shape ``(S, D)``, at each row of ``z``."""
+        blocks = [self._block(rows) for rows in z.split(self.num_rows)]
+        values, gradients = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        bad = ~(torch.isfinite(values) & torch.isfinite(gradients).all(-1))
+        values[bad], gradients[bad] = -torch.inf, 0.0
+        return values, gradients
+
+    def hessian_vector(self, z: Tensor, vectors: Tensor) -> Tensor:
+        """Hessian at each row of ``z`` times a vector, by central differences of the gradient.
+
+        The vectors' length should be that over which the density changes, a posterior sd. The
+        differences need no second derivative of the model and no graph of their own; their error
+        is of the order 1e-8 in double precision.
+        """
+        step = _STEPS[self.log_joint.dtype]
+        count = len(z)
+        both = torch.cat([z + step * vectors, z - step * vectors])
+        gradient = self.value_and_grad(both)[1]
+        return (gradient[:count] - gradient[count:]) / (2 * step)
+
+    def _block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(rows)
+        padding = self.num_rows - count
+        if padding and self.log_joint.mode != "eager":
+            rows = torch.cat([rows, rows[-1:].expand(padding, -1)])
+        z = rows.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
+        self.num_calls += 1
+        try:
+            value, gradient = self.log_joint.value_and_grad(z)
+        except (RuntimeError, ValueError):  # an operation that raises at one of the rows
+            if count == 1:
+                return rows.new_full((1,), -torch.inf), torch.zeros_like(rows[:1])
+            parts = [self._block(row[None]) for row in rows[:count]]
+            return torch.cat([v for v, _ in parts]), torch.cat([g for _, g in parts])
+        return value[:count].to(rows), gradient[:count].to(rows)

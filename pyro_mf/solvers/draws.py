@@ -1,0 +1,55 @@
+"""Fixed standard normal draws with better moments than independent ones have.
+
+The optimum over fixed draws carries their error: with S independent ones the mean of a Gaussian
+posterior is off by 1 / sqrt(S) posterior sds. Draws in pairs of opposite sign have mean zero
+exactly, so for a quadratic log density the mean is exact; orthogonal directions cover all
+coordinates evenly; a second moment of one per coordinate removes most of the error of the scales.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def fixed_draws(num_draws: int, size: int, *, seed: int = 0) -> Tensor:
+    """Antithetic, orthogonal standard normal draws with unit second moment per coordinate.
+
+    Args:
+        num_draws: Number of draws S, even and at least 2.
+        size: Dimension D, at least 1.
+        seed: Seed of the directions and of the radii; the global generator is not touched.
+
+    Returns:
+        Draws in double precision, shape ``(S, D)``; row ``S / 2 + i`` is the negative of row ``i``.
+
+    Raises:
+        ValueError: If ``num_draws`` is odd or less than 2.
+
+    Example:
+        >>> draws = fixed_draws(8, 3)
+        >>> bool(draws.mean(0).abs().max() < 1e-12), bool((draws.square().mean(0) - 1).abs().max() < 1e-12)
+        (True, True)
+
+    References:
+        Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic
+        Objective, https://arxiv.org/abs/2304.05527 (with independent draws)
+    """
+    if num_draws < 2 or num_draws % 2:
+        raise ValueError(f"num_draws must be even and at least 2; got {num_draws}.")
+    generator = torch.Generator().manual_seed(seed)
+    half = num_draws // 2
+    directions = torch.cat(
+        [_orthogonal(min(size, half - i), size, generator) for i in range(0, half, size)]
+    )
+    radii = torch.randn(half, size, generator=generator, dtype=torch.float64).norm(dim=1)
+    draws = directions * radii[:, None]
+    draws = draws / draws.square().mean(0).sqrt()
+    return torch.cat([draws, -draws])
+
+
+def _orthogonal(num: int, size: int, generator: torch.Generator) -> Tensor:
+    """Orthogonal unit vectors in random directions, shape ``(num, size)``."""
+    gaussian = torch.randn(size, num, generator=generator, dtype=torch.float64)
+    vectors, upper = torch.linalg.qr(gaussian)
+    return (vectors * upper.diagonal().sign()).T  # signs make the rotation uniform

@@ -1,0 +1,163 @@
+"""``solve_stochastic``: any guide, any objective, minibatches and learnable parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from pyro_mf.guides.protocol import is_factorised
+from pyro_mf.objectives import ReverseKL
+from pyro_mf.solvers import random_state
+from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
+from pyro_mf.solvers.descent import Descent, Divergence
+from pyro_mf.solvers.noisy_loss import NoisyLoss
+
+# Draws per step: a graph computes a few at the price of one, Pyro's handlers do not.
+_PARTICLES_CAPTURED, _PARTICLES_TRACED = 8, 1
+_NUM_EVALUATIONS = 64
+
+
+def solve_stochastic(
+    model: Callable[..., Any],
+    guide: Any,
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    objective: Any = None,
+    seed: int = 0,
+    max_steps: int = 50_000,
+    tolerance: float = 0.1,
+    report: Report = silent,
+    state: Mapping[str, Any] | None = None,
+) -> Outcome:
+    r"""Minimise an objective by stochastic gradients until the averaged parameters are known.
+
+    No learning rate is asked for. Steps are measured in the guide's own standard deviations. They
+    are long while the optimum is looked for; then the learning rate is fixed, and once the iterates
+    have stopped drifting (split R-hat) they are averaged; then the learning rate is halved and they
+    are averaged again. The run is done when the two averages agree and their Monte Carlo error is
+    small. Their mean is the answer: three standard errors of every parameter, and twice the part of
+    the change that is not noise, are then at most ``tolerance`` units.
+
+    The parameters are optimised in place: the guide's and the model's learnable ones, whichever the
+    objective touches. After Ctrl-C or divergence they hold the best that was seen. The program's
+    random generators are left as they were.
+
+    Args:
+        model: A Pyro model; its plates may be subsampled, its parameters learnable.
+        guide: Any guide for it.
+        model_args: Positional arguments of model and guide.
+        model_kwargs: Keyword arguments of model and guide.
+        objective: An objective in the manner of :class:`pyro.infer.ELBO`; ``None`` for
+            :class:`~pyro_mf.ReverseKL`.
+        seed: Seed of all draws; the same seed gives the same bits.
+        max_steps: Most steps of this call, each one gradient.
+        tolerance: Largest error that is let pass, in units: a location's is the guide's sd, a log
+            scale's :math:`1/\sqrt2`, a learnable model parameter's its standard error.
+        report: Called now and then with the progress.
+        state: ``Outcome.state`` of an earlier call, to go on from there; ``seed`` is not used then.
+
+    Returns:
+        Why it stopped and what it reached.
+
+    Raises:
+        ValueError: If an argument is out of range, the objective touches no parameters, or ``state``
+            belongs to another problem.
+        TypeError: If the objective does not return one number.
+        NonFiniteError: If the objective is not finite at the start, whatever the draws.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_mf import AutoMeanField
+        >>> def model(x):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", len(x), subsample_size=2) as index:
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x[index])
+        >>> guide = AutoMeanField(model)
+        >>> outcome = solve_stochastic(model, guide, (torch.ones(4),), tolerance=0.3)
+        >>> outcome.stop_reason, abs(guide.median()["loc"].item() - 0.8) < 0.1
+        ('converged', True)
+
+    References:
+        Welandawe et al. (2022), Robust, Automated, and Accurate Black-box Variational Inference,
+        https://arxiv.org/abs/2203.15945
+    """
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"max_steps must be an integer of at least 1; got {max_steps!r}.")
+    if not 0.0 < tolerance < math.inf:
+        raise ValueError(
+            f"tolerance must be positive, in units of the guide's sd; got {tolerance}."
+        )
+    if objective is None:
+        is_fast = is_factorised(guide) and getattr(guide, "create_plates", None) is None
+        objective = ReverseKL(_PARTICLES_CAPTURED if is_fast else _PARTICLES_TRACED)
+    loss = NoisyLoss(objective, model, guide, tuple(model_args), dict(model_kwargs or {}))
+    begin = time.perf_counter()
+    with random_state.forked(seed):
+        leaves = loss.find_leaves()
+    captured = time.perf_counter()
+    with random_state.forked(seed):
+        descent = Descent(loss, leaves, tolerance, state)
+        reason, message = _run(descent, max_steps, report)
+        kept = descent.state()
+        leaves.write(descent.best())
+        leaves.clear_gradient()
+        optimised = time.perf_counter()
+        elbo, elbo_se = _evaluate(loss)
+    return Outcome(
+        elbo=elbo,
+        elbo_se=elbo_se,
+        stop_reason=reason,
+        message=message,
+        losses=tuple(descent.losses),
+        num_gradients=descent.num_gradients,
+        seconds={
+            "capture": captured - begin,
+            "optimise": optimised - captured,
+            "evaluate": time.perf_counter() - optimised,
+        },
+        notes=tuple(descent.notes),
+        state=kept,
+    )
+
+
+def _run(descent: Descent, max_steps: int, report: Report) -> tuple[StopReason, str]:
+    """Step until there is a reason to stop; Ctrl-C is one, wherever it comes."""
+    try:
+        for _ in range(max_steps):
+            if not descent.step():
+                continue
+            report(descent.progress())
+            if descent.is_done:
+                return "converged", f"{descent.describe()}."
+        return "budget", (
+            f"max_steps={max_steps} steps are used up; {descent.describe()}. Go on with state=, "
+            "raise max_steps, or ask for less with a larger tolerance."
+        )
+    except Divergence as error:
+        return "diverged", str(error)
+    except KeyboardInterrupt:
+        return (
+            "interrupted",
+            f"interrupted after {len(descent.losses)} steps; {descent.describe()}.",
+        )
+
+
+def _evaluate(loss: NoisyLoss) -> tuple[float, float]:
+    """ELBO and its standard error at fresh draws; NaN where it has none."""
+    values = []
+    try:
+        for _ in range(_NUM_EVALUATIONS):
+            value = loss.value()
+            if value is not None:
+                values.append(-value)
+    except KeyboardInterrupt:
+        pass
+    if len(values) < _NUM_EVALUATIONS / 2:
+        return math.nan, math.nan
+    elbo = torch.tensor(values, dtype=torch.float64)
+    return float(elbo.mean()), float(elbo.std()) / math.sqrt(len(values))
