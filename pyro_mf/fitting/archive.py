@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils._pytree import tree_flatten
@@ -17,15 +19,15 @@ from torch.utils._pytree import tree_flatten
 from pyro_mf._errors import (
     CheckpointError,
     DifferentDataWarning,
-    GuideMismatchError,
     LinearResponseError,
 )
+from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import Layout
 from pyro_mf.density.prototype import run_prototype
 from pyro_mf.families import FAMILIES
 from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
-from pyro_mf.fitting.restarts import Optimum
+from pyro_mf.fitting.restarts import Optimum, current_params
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.linear_response import LinearResponse
 from pyro_mf.solvers.outcome import Outcome
@@ -42,39 +44,39 @@ _OUTCOME = (
     "num_gradients",
     "seconds",
     "notes",
+    "refusal",
     "state",
 )
+_FIELDS = ("solver", "reason", "seed", "best", "seconds", "notes")
 
 
 def save_result(result: FitResult, path: Path) -> None:
     """See :meth:`pyro_mf.FitResult.save`."""
-    problem, response = result.problem, result.response
-    prototype = run_prototype(problem.model, problem.model_args, problem.model_kwargs)
-    content = {
-        "guide": _guide_content(problem.guide),
-        "data": _digest(problem.model_args, problem.model_kwargs),
-        "model_params": dict(prototype.params),
-        "solver": result.solver,
-        "reason": result.reason,
-        "seed": result.seed,
-        "best": result.best,
-        "seconds": result.seconds,
-        "notes": result.notes,
-        "restarts": [
-            {
-                "seed": optimum.seed,
-                "params": optimum.params,
-                **{name: getattr(optimum.outcome, name) for name in _OUTCOME},
-            }
-            for optimum in result.restarts
-        ],
-        "response": None,
-    }
-    if isinstance(response, LinearResponse):
-        content["response"] = {"loc": response.loc, "covariance": response.covariance}
-    elif response is not None:
-        content["response"] = {"error": str(response)}
-    write_file(path, content)
+    problem = result.problem
+    with forked_seed(0):  # a model that subsamples draws indices
+        prototype = run_prototype(problem.model, problem.model_args, problem.model_kwargs)
+    entries = [_entry(optimum) for optimum in result.restarts]
+    entries[result.best] |= _response_content(result.known_response)
+    write_file(
+        path,
+        {
+            "guide": _guide_content(problem.guide),
+            "data": _digest(problem.model_args, problem.model_kwargs),
+            "model_params": dict(prototype.params),
+            "restarts": entries,
+            **{name: getattr(result, name) for name in _FIELDS},
+        },
+    )
+
+
+class _Saved(NamedTuple):
+    """A file's content, read as far as that needs no model."""
+
+    guide: dict[str, Any]
+    data: str
+    model_params: dict[str, Tensor]
+    restarts: tuple[Optimum, ...]
+    fields: dict[str, Any]
 
 
 def load_result(
@@ -84,31 +86,184 @@ def load_result(
     model_kwargs: Mapping[str, Any] | None,
     guide: Any | None,
 ) -> FitResult:
-    """See :meth:`pyro_mf.FitResult.load`."""
+    """See :meth:`pyro_mf.FitResult.load`.
+
+    Raises:
+        CheckpointError: If the file holds no fit of this model.
+    """
     from pyro_mf.fitting.result import FitResult
 
-    content = read_file(path)
-    try:
-        problem = _read_problem(path, content["guide"], model, model_args, model_kwargs, guide)
-        restarts = tuple(_optimum(entry, problem.guide) for entry in content["restarts"])
-        best = restarts[content["best"]]
-        _check_data(path, content["data"], problem)
-        _restore_guide(problem, content["guide"], best)
-        _restore_model(problem, content["model_params"])
-        return FitResult(
-            problem=problem,
-            solver=content["solver"],
-            reason=content["reason"],
-            seed=content["seed"],
-            restarts=restarts,
-            best=content["best"],
-            seconds=content["seconds"],
-            notes=tuple(content["notes"]),
-            response=_response(content["response"]),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        if isinstance(error, TypeError) and not isinstance(content.get("guide"), dict):
-            raise
+    saved = _parse(path, read_file(path))
+    is_flat = saved.guide["kind"] == "flat"
+    if guide is None and not (is_flat and saved.guide["family"] in FAMILIES):
         raise CheckpointError(
-            f"'{path}' is damaged: {type(error).__name__} at {error}. Save the fit again."
+            f"'{path}' holds a fit of the guide {saved.guide['class']}, which load cannot make. "
+            "Give it a new one for the model as `guide`."
+        )
+    family = saved.guide["family"] if guide is None else None
+    problem = read_problem(model, model_args, model_kwargs, guide, family)
+    with forked_seed(0), poutine.block():
+        prototype = run_prototype(problem.model, problem.model_args, problem.model_kwargs)
+        _restore_guide(path, problem, saved)
+    _restore_parameters(path, prototype.params, saved.model_params)
+    if saved.data != _digest(problem.model_args, problem.model_kwargs):
+        warnings.warn(
+            f"the fit in '{path}' was made for other data than the model is given now. ELBO, "
+            "linear response and whatever is computed from them belong to the old data.",
+            DifferentDataWarning,
+            stacklevel=3,
+        )
+    like = current_params(problem.guide)
+    restarts = tuple(
+        replace(o, params=tuple(p.to(x) for p, x in zip(o.params, like, strict=True)))
+        for o in saved.restarts
+    )
+    return FitResult(problem=problem, restarts=restarts, **saved.fields)
+
+
+def _parse(path: Path, content: dict[str, Any]) -> _Saved:
+    try:
+        restarts = tuple(map(_optimum, content["restarts"]))
+        restarts[content["best"]]
+        fields = {name: content[name] for name in _FIELDS} | {"notes": tuple(content["notes"])}
+        return _Saved(content["guide"], content["data"], content["model_params"], restarts, fields)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"'{path}' lacks a part of a fit ({type(error).__name__}: {error}). Save it again."
         ) from error
+
+
+def _entry(optimum: Optimum) -> dict[str, Any]:
+    outcome = optimum.outcome
+    return {
+        "seed": optimum.seed,
+        "params": optimum.params,
+        **{name: getattr(outcome, name) for name in _OUTCOME},
+        "losses": torch.tensor(outcome.losses, dtype=torch.float64),
+        **_response_content(outcome.response),
+    }
+
+
+def _optimum(entry: dict[str, Any]) -> Optimum:
+    fields = {name: entry[name] for name in _OUTCOME}
+    fields |= {"losses": tuple(entry["losses"].tolist()), "notes": tuple(entry["notes"])}
+    if entry["response"] is not None:
+        fields["response"] = LinearResponse(**entry["response"])
+    return Optimum(entry["seed"], Outcome(**fields), tuple(entry["params"]))
+
+
+def _response_content(found: LinearResponse | LinearResponseError | None) -> dict[str, Any]:
+    if isinstance(found, LinearResponse):
+        return {"response": {"loc": found.loc, "covariance": found.covariance}}
+    return {"response": None} if found is None else {"response": None, "refusal": str(found)}
+
+
+def _guide_content(guide: Any) -> dict[str, Any]:
+    own = {"class": type(guide).__name__}
+    if isinstance(guide, FlatGuide):
+        sites = _describe(guide.layout)
+        return {**own, "kind": "flat", "family": guide.family.name, "sites": sites}
+    if isinstance(guide, torch.nn.Module):
+        return {**own, "kind": "module", "state": dict(guide.state_dict())}
+    raise TypeError(
+        f"the guide is a function ({getattr(guide, '__name__', guide)}), whose parameters are in "
+        "Pyro's store. Save them with pyro.get_param_store().save(path)."
+    )
+
+
+def _restore_guide(path: Path, problem: Problem, saved: _Saved) -> None:
+    guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
+    if (saved.guide["kind"] == "flat") != isinstance(guide, FlatGuide):
+        raise CheckpointError(
+            f"'{path}' holds a fit of the guide {saved.guide['class']}; got "
+            f"{type(guide).__name__}. Give a guide of the same kind."
+        )
+    if isinstance(guide, FlatGuide):
+        guide.setup(*args, **kwargs)
+        if (sites := _describe(guide.layout)) != saved.guide["sites"]:
+            raise CheckpointError(
+                f"'{path}' holds a fit of another model: {_difference(saved.guide['sites'], sites)}"
+                ". Give the model, and data of the size, that were fitted."
+            )
+        guide.set_flat_params(saved.restarts[saved.fields["best"]].params)
+        return
+    guide(*args, **kwargs)  # Pyro's own make their parameters when they first run
+    try:
+        guide.load_state_dict(saved.guide["state"])
+    except RuntimeError as error:
+        raise CheckpointError(f"'{path}' holds a fit of another guide or model: {error}") from error
+
+
+def _restore_parameters(
+    path: Path, params: Mapping[str, Tensor], saved: Mapping[str, Tensor]
+) -> None:
+    """Give the model's learnable parameters their fitted values.
+
+    Raises:
+        CheckpointError: If the model has not the parameters that were saved.
+    """
+    ours = {name: list(leaf.shape) for name, leaf in params.items()}
+    theirs = {name: list(value.shape) for name, value in saved.items()}
+    if ours != theirs:
+        raise CheckpointError(
+            f"'{path}' holds a fit of another model: it has learnable parameters {theirs}, this "
+            f"one {ours}."
+        )
+    with torch.no_grad():
+        for name, leaf in params.items():
+            leaf.copy_(saved[name])
+
+
+def _describe(layout: Layout) -> list[list[Any]]:
+    """Everything that has to agree for parameters to mean the same."""
+    return [
+        [s.name, list(s.shape), list(s.unconstrained_shape), _support_name(s.support)]
+        for s in layout.sites
+    ]
+
+
+def _support_name(support: Any) -> str:
+    """A support with its bounds to six digits, so that dtype and device do not matter."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    bounds = [
+        f"{x:.6g}"
+        for name in ("lower_bound", "upper_bound")
+        if (bound := getattr(support, name, None)) is not None
+        for x in torch.as_tensor(bound).double().reshape(-1).unique().tolist()
+    ]
+    return f"{type(support).__name__}({', '.join(bounds)})"
+
+
+def _difference(saved: list[list[Any]], ours: list[list[Any]]) -> str:
+    theirs, mine = {s[0]: s[1:] for s in saved}, {s[0]: s[1:] for s in ours}
+    for name in [*theirs, *mine]:
+        if name not in mine:
+            return f"it has a latent site '{name}', this model has {list(mine)}"
+        if name not in theirs:
+            return f"this model has a latent site '{name}', it has {list(theirs)}"
+        if theirs[name] != mine[name]:
+            (shape, _, support), (own_shape, _, own_support) = theirs[name], mine[name]
+            return (
+                f"its '{name}' has shape {tuple(shape)} and support {support}, this model's "
+                f"{tuple(own_shape)} and {own_support}"
+            )
+    return f"it visits its sites in the order {list(theirs)}, this model in {list(mine)}"
+
+
+def _digest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """A key of the data, the same on every device and in every process."""
+    leaves, tree = tree_flatten((tuple(args), dict(kwargs)))
+    digest = hashlib.sha256(str(tree).encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            array = leaf.detach().cpu().contiguous()
+            digest.update(f"{tuple(array.shape)} {array.dtype}".encode())
+            digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, np.ndarray):
+            digest.update(f"{leaf.shape} {leaf.dtype}".encode() + leaf.tobytes())
+        elif isinstance(leaf, bool | int | float | str | None):
+            digest.update(repr(leaf).encode())
+        else:  # what it holds cannot be told across processes
+            digest.update(type(leaf).__name__.encode())
+    return digest.hexdigest()

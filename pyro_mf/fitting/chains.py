@@ -26,7 +26,11 @@ def convert_result(result: FitResult, *, linear_response: bool = False, **kwargs
         "stop_reason": result.stop_reason,
         "num_gradients": result.num_gradients,
     }
-    kwargs = {"model": result.problem.model, **kwargs, "attrs": own | dict(kwargs.get("attrs") or {})}
+    kwargs = {
+        "model": result.problem.model,
+        **kwargs,
+        "attrs": own | dict(kwargs.get("attrs") or {}),
+    }
     if linear_response:
         kwargs["attrs"] |= {"linear_response": 1}
         return _convert(result, result.linear_response_guide(), kwargs)

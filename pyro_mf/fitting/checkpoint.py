@@ -76,8 +76,8 @@ def read_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"'{path}' is no file that FitResult.save wrote.")
     if content["version"] > VERSION:
         raise CheckpointError(
-            f"'{path}' was written by a newer version of pyro_mf (format {content['version']}, this "
-            f"one reads up to {VERSION}). Update pyro_mf."
+            f"'{path}' was written by a newer version of pyro_mf (format {content['version']}; "
+            f"this one reads up to {VERSION}). Update pyro_mf."
         )
     return content
 

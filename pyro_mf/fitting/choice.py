@@ -68,7 +68,11 @@ def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
 
 
 def _inside_model(problem: Problem) -> str | None:
-    """What about the model keeps the deterministic solver from serving."""
+    """What about the model keeps the deterministic solver from serving.
+
+    Raises:
+        ModelError: If the model has nothing to infer, or is no model.
+    """
     try:
         log_joint = problem.log_joint
     except ModelError:

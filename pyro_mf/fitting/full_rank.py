@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, init_to_value
-from torch import Tensor
 
 from pyro_mf import _pyro
 from pyro_mf.fitting.problem import Problem
+from pyro_mf.solvers.linear_response import LinearResponse
 
 
-def full_rank_guide(problem: Problem, loc: Tensor, scale_tril: Tensor) -> Any:
-    """Make an ``AutoMultivariateNormal`` with a given location and covariance.
+def full_rank_guide(problem: Problem, response: LinearResponse) -> Any:
+    """Make an ``AutoMultivariateNormal`` with the location and covariance of linear response.
 
     Args:
         problem: The model and its arguments, on full data.
-        loc: Location in our flat layout, shape ``(D,)``.
-        scale_tril: Cholesky factor of the covariance in our flat layout, shape ``(D, D)``.
+        response: Location and covariance in our flat layout.
 
     Returns:
         The guide, set up, with parameters under a name of its own in Pyro's store.
     """
     prototype = problem.log_joint.program.prototype
     layout, model = prototype.layout, problem.model
+    loc = response.loc.to(dtype=prototype.dtype, device=prototype.device)
     if prototype.discrete:  # summed out, so none of the guide's
         model = poutine.block(model, hide=list(prototype.discrete))
     # A start given by value draws nothing, so improper priors are fine.
@@ -36,14 +36,14 @@ def full_rank_guide(problem: Problem, loc: Tensor, scale_tril: Tensor) -> Any:
         guide(*problem.model_args, **problem.model_kwargs)
     order = torch.cat(
         [
-            torch.arange(layout[name].start, layout[name].stop, device=loc.device)
+            torch.arange(layout[name].start, layout[name].stop)
             for name, _ in guide.prototype_trace.iter_stochastic_nodes()
         ]
     )
-    covariance = scale_tril @ scale_tril.mT
-    factor = torch.linalg.cholesky(covariance[order][:, order])
+    # In the guide's order of the sites, factorised in the precision that it came in.
+    factor = torch.linalg.cholesky(response.covariance[order][:, order]).to(loc)
     with torch.no_grad():
-        guide.loc.copy_(loc[order])
+        guide.loc.copy_(loc[order.to(loc.device)])
     guide.scale = factor.diagonal()
     guide.scale_tril = factor / factor.diagonal()[:, None]
     return guide

@@ -16,15 +16,14 @@ class ProgressBar:
 
     Args:
         shown: Whether to show it; ``None`` shows it in a terminal and in a notebook.
-        label: What stands in front, such as ``"start 2 of 4"``.
 
     Example:
-        >>> with ProgressBar(False) as bar:
+        >>> with ProgressBar(shown=False) as bar:
         ...     bar(Progress("32 draws", 12, -34.5, 0.02))
     """
 
-    def __init__(self, shown: bool | None = None, label: str = "fit") -> None:
-        self.label = label
+    def __init__(self, *, shown: bool | None = None) -> None:
+        self._label = "fit"
         self._shown = (sys.stderr.isatty() or _in_notebook()) if shown is None else shown
         self._bar: Any = None
 
@@ -46,10 +45,15 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
+    def labelled(self, label: str) -> ProgressBar:
+        """The same bar, from now on with this in front."""
+        self._label = label
+        return self
+
     def __call__(self, progress: Progress) -> None:
         """Show the latest; a solver may call this as often as it likes."""
         if self._bar is not None:
-            self._bar.set_description_str(f"{self.label}: {describe(progress)}", refresh=False)
+            self._bar.set_description_str(f"{self._label}: {describe(progress)}", refresh=False)
             self._bar.update()  # draws at most every tenth of a second
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from pyro_mf._errors import LinearResponseError
 from pyro_mf.fitting.progress import with_error
-from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
@@ -68,11 +67,12 @@ def _cost(result: FitResult) -> str:
 
 
 def _linear_response(result: FitResult) -> str:
-    if isinstance(result.response, LinearResponseError):
-        return f"none: {result.response}"
-    if result.response is None or not isinstance(result.guide, FlatGuide):
-        return "not computed yet; result.linear_response()"
-    ratio = result.response.sd / result.restarts[result.best].params[1]
+    found = result.known_response
+    if isinstance(found, LinearResponseError):
+        return f"none: {found}"
+    if found is None:
+        return "not computed yet; call result.linear_response()"
+    ratio = found.sd / result.restarts[result.best].params[1].to(found.sd)
     index = int(ratio.argmax())
     return (
         f"sds are {float(ratio.median()):.2f} times the mean-field's (median), at most "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,20 +52,30 @@ def solve(
     seed: int,
     max_gradients: int | None,
     report: Report,
-    start: tuple[Tensor, ...] | None = None,
-    state: dict[str, Any] | None = None,
+    disperse: bool = False,
+    state: Mapping[str, Any] | None = None,
 ) -> Optimum:
-    """Run the chosen solver once; the problem's guide ends at the optimum."""
+    """Run the chosen solver once; the problem's guide ends at the optimum.
+
+    Args:
+        problem: What is to be solved.
+        choice: The solver.
+        seed: Seed of start and solver.
+        max_gradients: Budget; ``None`` for the solver's own.
+        report: Where progress goes.
+        disperse: Start at a random point.
+        state: State of an earlier run of the stochastic solver, to go on from there.
+    """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
     if choice.solver == "deterministic":
         budget = {} if max_gradients is None else {"max_gradients": max_gradients}
         outcome = solve_deterministic(
-            problem.log_joint, guide, seed=seed, report=report, start=start, state=state, **budget
+            problem.log_joint, guide, seed=seed, disperse=disperse, report=report, **budget
         )
     else:
         budget = {} if max_gradients is None else {"max_steps": max_gradients}
-        if start is not None:
-            guide.set_flat_params(start)
+        if disperse:
+            guide.set_flat_params(_random_start(guide, seed))
         outcome = solve_stochastic(
             problem.model,
             guide,
@@ -101,22 +111,27 @@ def solve_from_starts(
 
     Returns:
         The optima, in the order of the starts, and a sentence for each start that failed.
+
+    Raises:
+        ModelError: If the first start fails because of the model.
+        NonFiniteError: If the first start fails because the density is not finite.
     """
     optima: list[Optimum] = []
     failures: list[str] = []
-    given = current_params(problem.guide)
+    own_start = current_params(problem.guide)
     for k in range(num):
         label = f"start {k + 1} of {num}"
         report = report_for(label if num > 1 else "fit")
+        if k:  # what a start does not say, such as scales, is as in the first
+            problem.guide.set_flat_params(own_start)
         try:
-            start = _dispersed(problem, given, choice, seed + k) if k else None
             optimum = solve(
                 problem,
                 choice,
                 seed=seed + k,
                 max_gradients=max_gradients,
                 report=report,
-                start=start,
+                disperse=k > 0,
             )
         except (ModelError, NonFiniteError) as error:
             if not optima:
@@ -179,20 +194,14 @@ def current_params(guide: Any) -> tuple[Tensor, ...]:
         return tuple(p.detach().clone() for p in guide.flat_params())
 
 
-def _dispersed(
-    problem: Problem, given: tuple[Tensor, ...], choice: Choice, seed: int
-) -> tuple[Tensor, ...]:
-    """The guide's own start with locations drawn from a box, where the density is finite."""
-    like = given[0]
-    if choice.solver == "deterministic":
-        loc = problem.log_joint.initial_points(1, seed=seed, radius=_BOX)[0]
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        loc = _BOX * (2 * torch.rand(like.shape, generator=generator, dtype=torch.float64) - 1)
-    names = problem.guide.family.param_names
-    return tuple(
-        loc.to(p) if name == "loc" else p for name, p in zip(names, given, strict=True)
-    )
+def _random_start(guide: FlatGuide, seed: int) -> tuple[Tensor, ...]:
+    """The guide's parameters with locations drawn from a box."""
+    given = current_params(guide)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(guide.layout.size, generator=generator, dtype=torch.float64)
+    loc = _BOX * (2 * uniform - 1)
+    names = guide.family.param_names
+    return tuple(loc.to(p) if n == "loc" else p for n, p in zip(names, given, strict=True))
 
 
 def _allowed(one: Optimum, other: Optimum) -> float:

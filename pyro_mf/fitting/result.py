@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,21 @@ from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError, ModelError
 from pyro_mf.convert.guide_draws import draw_guide
-from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import Layout, LogJoint
 from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem, at_least
 from pyro_mf.fitting.restarts import Optimum
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.solvers.draws import fixed_draws
+from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.linear_response import LinearResponse, linear_response
 from pyro_mf.solvers.outcome import Outcome, StopReason
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_RESPONSE_DRAWS = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,8 +42,6 @@ class FitResult:
         best: Index of the optimum that is the result.
         seconds: Wall time by phase, all starts together.
         notes: Sentences on what went wrong on the way and what was done about it.
-        response: The linear response, or why there is none, where that is known already;
-            :meth:`linear_response` finds it where not.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -62,7 +63,7 @@ class FitResult:
     best: int
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
-    response: LinearResponse | LinearResponseError | None = None
+    _computed: LinearResponse | LinearResponseError | None = field(default=None, init=False)
 
     # -- what was reached ------------------------------------------------------------------------
 
@@ -130,27 +131,26 @@ class FitResult:
     def linear_response(self) -> LinearResponse:
         """Location and covariance of the unconstrained latents, corrected for mean field.
 
+        The deterministic solver leaves it behind; after another it is computed at the first call,
+        from about ``128 * D`` gradients of the log joint.
+
         Raises:
             LinearResponseError: If there is none at this optimum; the message says why.
         """
-        found = self._found_response
-        if isinstance(found, LinearResponseError):
-            raise LinearResponseError(str(found))
-        return found
+        if self.known_response is None:
+            object.__setattr__(self, "_computed", _compute_response(self))
+        found = self.known_response
+        if isinstance(found, LinearResponse):
+            return found
+        raise LinearResponseError(str(found))
 
-    @cached_property
-    def _found_response(self) -> LinearResponse | LinearResponseError:
-        if self.response is not None:
-            return self.response
-        guide = self.guide
-        if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
-            return LinearResponseError("linear response needs an AutoMeanField of Normal factors")
-        try:
-            return linear_response(self.log_joint, self.restarts[self.best].params, seed=self.seed)
-        except LinearResponseError as error:
-            return error
-        except ModelError as error:
-            return LinearResponseError(f"linear response needs the full data: {error}")
+    @property
+    def known_response(self) -> LinearResponse | LinearResponseError | None:
+        """The linear response, or why there is none, where that is known without computing."""
+        outcome = self.outcome
+        if outcome.refusal:
+            return LinearResponseError(outcome.refusal)
+        return outcome.response or self._computed
 
     def linear_response_guide(self) -> Any:
         """A Pyro guide whose uncertainty is that of linear response.
@@ -165,7 +165,7 @@ class FitResult:
         from pyro_mf.fitting.full_rank import full_rank_guide
 
         response = self.linear_response()
-        return full_rank_guide(self.problem, response.loc, response.scale_tril)
+        return full_rank_guide(self.problem, response)
 
     def summary(self, *, deterministic: bool = False) -> pd.DataFrame:
         """Mean, sd and quantiles of every scalar element, in the model's own space.
@@ -210,10 +210,8 @@ class FitResult:
         """Draw flat unconstrained vectors, shape ``(S, D)``; see :meth:`sample`."""
         at_least("num_draws", num_draws, 1)
         if linear_response:
-            response = self.linear_response()
-            with forked_seed(seed):
-                noise = torch.randn(num_draws, len(response.loc), dtype=torch.float64)
-            return response.loc + noise.to(response.loc) @ response.scale_tril.mT
+            z = self.linear_response().sample(num_draws, seed=seed)
+            return z.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
         args, kwargs = self.problem.model_args, self.problem.model_kwargs
         return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed).z
 
@@ -295,3 +293,19 @@ class FitResult:
         from pyro_mf.fitting.report import report
 
         return report(self)
+
+
+def _compute_response(result: FitResult) -> LinearResponse | LinearResponseError:
+    guide = result.guide
+    if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
+        return LinearResponseError("linear response needs an AutoMeanField of Normal factors")
+    try:
+        blocks = Blocks(result.log_joint)
+    except ModelError as error:
+        return LinearResponseError(f"linear response needs the full data: {error}")
+    loc, scale = (p.detach().double().cpu() for p in guide.flat_params())
+    elbo = FixedDrawELBO(blocks, fixed_draws(_RESPONSE_DRAWS, len(loc), seed=result.seed))
+    try:
+        return linear_response(loc, elbo.hessian(torch.cat([loc, scale.log()])))
+    except LinearResponseError as error:
+        return error

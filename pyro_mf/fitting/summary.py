@@ -89,7 +89,9 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
     except LinearResponseError as error:
         reason = str(error)
     else:
-        factors = Factors(Normal(), (response.loc, response.sd))
+        like = result.log_joint
+        params = (x.to(like.device, like.dtype) for x in (response.loc, response.sd))
+        factors = Factors(Normal(), tuple(params))
         corrected = _moments(result, factors, linear_response=True, deterministic=deterministic)
     parts = [_table(site, m, corrected.get(site)) for site, m in plain.items()]
     table = pd.concat(parts)

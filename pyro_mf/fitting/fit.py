@@ -1,0 +1,147 @@
+"""``fit``: the mean-field posterior of a model in one call."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro.infer import ELBO
+
+from pyro_mf._errors import ConvergenceWarning, ModesWarning
+from pyro_mf.convert.vectorise import forked_seed
+from pyro_mf.families import Family
+from pyro_mf.fitting.choice import choose_solver
+from pyro_mf.fitting.problem import at_least, read_problem
+from pyro_mf.fitting.progress import ProgressBar
+from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes, solve_from_starts
+from pyro_mf.fitting.result import FitResult
+from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.outcome import Progress
+
+
+def fit(
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    guide: Any | None = None,
+    family: str | Family | None = None,
+    objective: ELBO | None = None,
+    solver: str = "auto",
+    num_restarts: int = 1,
+    max_gradients: int | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> FitResult:
+    """Fit a mean-field guide to a model's posterior, without a learning rate or a step count.
+
+    The solver is chosen by what the problem allows, and the result says which and why. It stops
+    when it has converged; a fit that has not comes with a :class:`~pyro_mf.ConvergenceWarning` and
+    says so when printed. Ctrl-C ends the fit and returns the best so far. Precision and device are
+    those of the model's data; nothing is moved.
+
+    Args:
+        model: A Pyro model.
+        model_args: Its positional arguments (data).
+        model_kwargs: Its keyword arguments.
+        guide: A guide for the model, trained in place; by default a new
+            :class:`~pyro_mf.AutoMeanField`.
+        family: Family of the factors of the guide that is made; ``"normal"`` by default.
+        objective: An objective in the manner of :class:`pyro.infer.ELBO`; by default
+            :class:`~pyro_mf.ReverseKL`.
+        solver: ``"deterministic"`` (fixed draws, second order: reverse KL, Normal factors, full
+            data), ``"stochastic"`` (everything else), or ``"auto"``.
+        num_restarts: Number of starts, the first from the guide's own values and others dispersed.
+            Every optimum is kept; the one with the highest ELBO is the result.
+        max_gradients: Budget in gradient evaluations per start; by default the solver's own.
+        seed: Seed of everything random: the same seed gives the same bits. Torch's global generator
+            is left as it was.
+        progress: Whether to show a progress bar; ``None`` shows one in a terminal or notebook.
+
+    Returns:
+        The result; print it.
+
+    Raises:
+        TypeError: If model or guide cannot be called, ``model_args`` is no tuple, the objective is
+            no ELBO, or a number is no integer.
+        ValueError: If a number is out of range, the solver is unknown or cannot serve, or restarts
+            are asked of a guide that they cannot start anew.
+        ModelError: If the model or its data are at fault.
+        GuideMismatchError: If the guide belongs to another model.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def schools(sigma, y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        ...     with pyro.plate("school", len(sigma)):
+        ...         eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
+        >>> sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+        >>> y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+        >>> result = fit(schools, (sigma, y))
+        >>> result.solver, result.stop_reason
+        ('deterministic', 'converged')
+
+    References:
+        Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic
+        Objective, https://arxiv.org/abs/2304.05527
+    """
+    at_least("num_restarts", num_restarts, 1)
+    at_least("seed", seed, 0)
+    if max_gradients is not None:
+        at_least("max_gradients", max_gradients, 1)
+    problem = read_problem(model, model_args, model_kwargs, guide, family, objective)
+    if num_restarts > 1 and not isinstance(problem.guide, FlatGuide):
+        raise ValueError(
+            f"num_restarts={num_restarts} needs an AutoMeanField, which fit can start anew; the "
+            f"guide is {type(problem.guide).__name__}. Call fit once per guide and seed instead."
+        )
+    with forked_seed(seed), ProgressBar(shown=progress) as bar:
+        begin = time.perf_counter()
+        bar(Progress("reading the model", 0, math.nan, math.nan))
+        choice = choose_solver(problem, solver)
+        prepared = time.perf_counter() - begin
+        optima, failures = solve_from_starts(
+            problem,
+            choice,
+            num_restarts,
+            seed=seed,
+            max_gradients=max_gradients,
+            report_for=bar.labelled,
+        )
+    best = best_of(optima)
+    modes = describe_modes(optima, problem.guide)
+    _warn(optima[best], modes)
+    return FitResult(
+        problem=problem,
+        solver=choice.solver,
+        reason=choice.reason,
+        seed=seed,
+        restarts=optima,
+        best=best,
+        seconds=_seconds_by_phase(prepared, optima),
+        notes=(*optima[best].outcome.notes, *failures, *([f"{modes}."] if modes else [])),
+    )
+
+
+def _seconds_by_phase(prepared: float, optima: tuple[Optimum, ...]) -> dict[str, float]:
+    """Wall time of all starts together, by phase."""
+    seconds = {"prepare": prepared}
+    for optimum in optima:
+        for phase, time_spent in optimum.outcome.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + time_spent
+    return seconds
+
+
+def _warn(best: Optimum, modes: str | None) -> None:
+    """Warn of what a result that nobody prints would hide."""
+    outcome = best.outcome
+    if outcome.stop_reason in ("budget", "diverged"):
+        verdict = "did not converge" if outcome.stop_reason == "budget" else "diverged"
+        warnings.warn(f"the fit {verdict}: {outcome.message}", ConvergenceWarning, stacklevel=3)
+    if modes is not None:
+        warnings.warn(f"{modes}.", ModesWarning, stacklevel=3)
