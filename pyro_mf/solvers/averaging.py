@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,10 +46,6 @@ class Average:
     mean: Tensor
     error: Tensor
 
-    def state(self) -> dict[str, Any]:
-        """The fields as a plain dict."""
-        return {"mean": self.mean, "error": self.error}
-
 
 def stationary_average(blocks: Tensor, units: Tensor) -> Average | None:
     """Average the longest tail of a window that does not drift.
@@ -70,6 +66,8 @@ def stationary_average(blocks: Tensor, units: Tensor) -> Average | None:
             break
         scaled = tail / units
         series = torch.cat([scaled, leading_components(scaled, _NUM_COMPONENTS)], 1)
+        # Folded, so that a spread that shrinks is seen as well as a mean that moves.
+        series = torch.cat([series, (series - series.median(0).values).abs()], 1)
         limit = rhat_by_chance(series.shape[1], len(series))
         if float(split_rhat(series).max()) > limit:
             continue

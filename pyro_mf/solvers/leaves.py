@@ -102,7 +102,11 @@ class Leaves:
         return [p.view(leaf.shape) for p, leaf in zip(parts, self.tensors, strict=True)]
 
     def describe(self, index: int) -> str:
-        """Name of one scalar parameter, such as ``scale[3]``."""
+        """Name of one scalar parameter, such as ``scale[3]``.
+
+        Raises:
+            IndexError: If there are not so many.
+        """
         for name, leaf in zip(self.names, self.tensors, strict=True):
             if index < leaf.numel():
                 where = [int(i) for i in torch.unravel_index(torch.tensor(index), leaf.shape)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pyro
@@ -33,11 +32,11 @@ def forked(seed: int) -> Iterator[None]:
 
 def get_state(device: torch.device) -> dict[str, Tensor]:
     """The generators' states as tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     version, internal, next_gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*keys.tolist(), int(position), int(has_gauss)]),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), int(position), int(has_gauss)]),
         "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
         "python": torch.tensor([version, *internal]),
         "python_gauss": torch.tensor([] if next_gauss is None else [next_gauss]).double(),

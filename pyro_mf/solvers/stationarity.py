@@ -73,7 +73,7 @@ def rhat_by_chance(num_series: int, length: int, probability: float = 0.05) -> f
 def effective_sample_size(series: Tensor) -> Tensor:
     """How many independent values know the mean as well as the series does.
 
-    Geyer's initial positive sequence: autocorrelations are summed in pairs until a pair is negative.
+    Geyer's initial positive sequence: autocorrelations are summed in pairs, up to a negative pair.
 
     Args:
         series: Shape ``(T, P)``.
@@ -138,5 +138,5 @@ def leading_components(series: Tensor, num_components: int = 3) -> Tensor:
     """
     centred = series - series.mean(0)
     num_components = min(num_components, *series.shape)
-    _, vectors = torch.linalg.eigh(centred @ centred.T)
+    vectors: Tensor = torch.linalg.eigh(centred @ centred.T).eigenvectors
     return vectors[:, -num_components:]

@@ -1,8 +1,8 @@
 r"""The steps of the stochastic solver: Adam, with two changes that averaging needs.
 
 A gradient is divided by the root of the second moment of the gradients *before* it (ADOPT). Adam
-divides by one that contains it, so that a large gradient counts less than several small ones; where
-the noise is skewed, as that of a log scale is, Adam's iterates then settle beside the optimum at any
+divides by one that contains it, so a large gradient counts less than several small ones; where the
+noise is skewed, as that of a log scale is, Adam's iterates settle beside the optimum at any
 learning rate, and so does their average.
 
 A parameter's step is :math:`\gamma s_j` times its normalised momentum, with a unit :math:`s_j`: the
@@ -32,6 +32,7 @@ _MEMORY_SEARCHING, _MEMORY_SETTLED = 20, 1000
 # Momentum over mean absolute gradient above which a step grows, and below which it shrinks.
 _COHERENT, _INCOHERENT = 0.8, 0.5
 _GROWTH, _SHRINKAGE = 1.2, 0.7
+_LONG, _BRAKE = 2.0, 0.5
 
 
 class Steps:
@@ -71,6 +72,8 @@ class Steps:
         normalised = (gradient / (self._square.sqrt() + tiny)).clamp_(
             -_LARGEST_GRADIENT, _LARGEST_GRADIENT
         )
+        if searching:
+            self._brake(normalised)
         self._momentum.lerp_(normalised, 1.0 - _MOMENTUM)
         memory = _MEMORY_SEARCHING if searching else _MEMORY_SETTLED
         self._square.lerp_(gradient.square(), 1.0 / min(count, memory))
@@ -79,6 +82,12 @@ class Steps:
         self._size.lerp_(normalised.abs(), 1.0 - _MOMENTUM)
         self._adapt_boost()
         return self._momentum * self.boost / (1.0 - _MOMENTUM ** (count - 1))
+
+    def _brake(self, normalised: Tensor) -> None:
+        """Stop what has run past its optimum: long steps whose gradient has changed sign."""
+        is_past = (self.boost > _LONG) & (normalised * self._momentum < 0)
+        self._momentum.masked_fill_(is_past, 0.0)
+        self.boost.mul_(torch.where(is_past, _BRAKE, 1.0).to(self.boost)).clamp_(min=1.0)
 
     def _adapt_boost(self) -> None:
         coherence = self._momentum.abs() / (self._size + torch.finfo(self._size.dtype).tiny)

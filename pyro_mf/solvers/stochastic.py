@@ -12,9 +12,9 @@ import torch
 from pyro_mf.guides.protocol import is_factorised
 from pyro_mf.objectives import ReverseKL
 from pyro_mf.solvers import random_state
-from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 from pyro_mf.solvers.descent import Descent, Divergence
 from pyro_mf.solvers.noisy_loss import NoisyLoss
+from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 
 # Draws per step: a graph computes a few at the price of one, Pyro's handlers do not.
 _PARTICLES_CAPTURED, _PARTICLES_TRACED = 8, 1
@@ -65,8 +65,8 @@ def solve_stochastic(
         Why it stopped and what it reached.
 
     Raises:
-        ValueError: If an argument is out of range, the objective touches no parameters, or ``state``
-            belongs to another problem.
+        ValueError: If an argument is out of range, the objective touches no parameters, or
+            ``state`` belongs to another problem.
         TypeError: If the objective does not return one number.
         NonFiniteError: If the objective is not finite at the start, whatever the draws.
 

@@ -22,7 +22,7 @@ class Window:
     Example:
         >>> window = Window(torch.zeros(1), block_size=1)
         >>> for t in range(256):
-        ...     window.add(torch.tensor([float(t)]))
+        ...     is_block = window.add(torch.tensor([float(t)]))
         >>> window.blocks.shape, window.block_size, window.blocks[0]
         (torch.Size([64, 1]), 4, tensor([1.5000]))
     """
