@@ -18,7 +18,7 @@ def allocated_bytes(run: Callable[[], Any]) -> int:
     """
     with _Allocations() as allocations:
         run()
-    return allocations.total
+    return int(allocations.total)
 
 
 class _Allocations(TorchDispatchMode):

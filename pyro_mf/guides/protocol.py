@@ -45,6 +45,10 @@ class FactorisedGuide(Protocol):
         """The unconstrained leaf tensors behind ``flat_params``, each ``(D,)``."""
         ...
 
+    def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
+        """Write the family's parameters, each ``(D,)``, constrained."""
+        ...
+
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log density of values in the model's space, leading batch dimensions kept."""
         ...

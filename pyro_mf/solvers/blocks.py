@@ -15,8 +15,8 @@ from pyro_mf.density import LogJoint
 _MAX_ROWS = 32
 # Memory of one block, where a gradient takes about as much again as the values it starts from.
 _BLOCK_BYTES = 128 * 2**20
-# Finite differences: steps in units of the directions given, by the rounding of the dtype.
-_STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
+# Steps of finite differences, in units of posterior sds, as the rounding of the dtype asks.
+STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 
 
 class Blocks:
@@ -58,7 +58,7 @@ class Blocks:
         differences need no second derivative of the model and no graph of their own; their error
         is of the order 1e-8 in double precision.
         """
-        step = _STEPS[self.log_joint.dtype]
+        step = STEPS[self.log_joint.dtype]
         count = len(z)
         both = torch.cat([z + step * vectors, z - step * vectors])
         gradient = self.value_and_grad(both)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ class Certificate:
             that over fresh ones.
         gap: By how many nats it does.
         gap_se: Standard error of the gap.
+        max_decrement: Largest decrement that rounding explains, and that nobody would notice.
         response: The linear response.
         refusal: Why there is none.
     """
@@ -37,31 +39,45 @@ class Certificate:
     optimism: float
     gap: float
     gap_se: float
+    max_decrement: float
     response: LinearResponse | None
     refusal: str
 
-    @property
-    def is_stationary(self) -> bool:
-        """Whether the point is an optimum over its draws."""
-        return self.decrement < _MAX_DECREMENT
+    def passes(self, tolerance: float) -> bool:
+        """Whether the point is the optimum, and its draws were enough."""
+        return not self.complaints(tolerance)
 
-    @property
-    def agrees_on_fresh_draws(self) -> bool:
-        """Whether the ELBO over fresh draws is what it should be if the draws were enough."""
-        return self.gap < 2.0 * self.optimism + _MAX_Z * self.gap_se
+    def complaints(self, tolerance: float) -> list[str]:
+        """What is wrong with the point, in words with the numbers.
 
-    def is_precise(self, tolerance: float) -> bool:
-        """Whether no location is off by more than ``tolerance`` sds because of the draws."""
-        return bool((self.noise <= tolerance).all())
+        Args:
+            tolerance: Error of a location that the draws may cause, in posterior sds.
+        """
+        found = []
+        if not self.decrement < self.max_decrement:
+            found.append(
+                f"it is {self.decrement:.2g} nats from an optimum"
+                if math.isfinite(self.decrement)
+                else "the Hessian is not positive definite, so it is no strict optimum"
+            )
+        worst = float(self.noise.max())
+        if worst > tolerance:
+            found.append(f"the fixed draws move a location by {worst:.2f} posterior sds")
+        if not self.gap < 2.0 * self.optimism + _MAX_Z * self.gap_se:
+            found.append(
+                f"on fresh draws the ELBO is {self.gap:.3g} nats lower, "
+                f"where {self.optimism:.2g} \u00b1 {self.gap_se:.2g} is expected"
+            )
+        return found
 
 
-def certify(elbo: FixedDrawELBO, x: Tensor, hessian: Tensor, fresh: Estimate) -> Certificate:
+def certify(elbo: FixedDrawELBO, x: Tensor, hessian: Tensor | None, fresh: Estimate) -> Certificate:
     """Examine a point.
 
     Args:
         elbo: The objective.
         x: Location and log scale, shape ``(2 D,)``.
-        hessian: Its Hessian there.
+        hessian: Its Hessian there; ``None`` where there are too many latents for a matrix.
         fresh: ELBO over fresh draws.
 
     Returns:
@@ -69,20 +85,53 @@ def certify(elbo: FixedDrawELBO, x: Tensor, hessian: Tensor, fresh: Estimate) ->
         over draws is the inverse Hessian times the covariance of the gradient times the inverse
         Hessian, with antithetic pairs as the independent units.
     """
-    pairs = elbo.pair_gradients(x)
+    size, pairs = elbo.size, elbo.pair_gradients(x)
     gradient = pairs.mean(0)
-    value, _ = elbo.value_and_gradient(x)
     own = elbo.estimate(x)
-    gap, gap_se = -value - fresh.elbo, (own.se**2 + fresh.se**2) ** 0.5
-    try:
-        response = linear_response(x[: elbo.size], hessian)
-    except LinearResponseError as error:
-        nowhere = torch.full_like(x[: elbo.size], torch.nan)
-        return Certificate(float("inf"), nowhere, 0.0, gap, gap_se, None, str(error))
-    step = torch.linalg.solve(hessian, gradient)
-    moved = torch.linalg.solve(hessian, (pairs - gradient).T)  # (2 D, pairs)
+    epsilon = torch.finfo(elbo.blocks.log_joint.dtype).eps
+    shared = {
+        "gap": own.elbo - fresh.elbo,
+        "gap_se": math.hypot(own.se, fresh.se),
+        "max_decrement": max(_MAX_DECREMENT, 100.0 * epsilon * abs(own.elbo)),
+    }
     scatter = len(pairs) * (len(pairs) - 1)
-    noise = (moved.square().sum(1) / scatter).sqrt()[: elbo.size]
-    optimism = float((moved * (pairs - gradient).T).sum()) / scatter
-    decrement = 0.5 * float(gradient @ step)
-    return Certificate(decrement, noise / response.sd, optimism, gap, gap_se, response, "")
+    if hessian is None:
+        return _certify_by_diagonal(elbo, x, pairs, shared)
+    try:
+        response = linear_response(x[:size], hessian)
+    except LinearResponseError as error:
+        nowhere = torch.full_like(x[:size], torch.nan)
+        return Certificate(math.inf, nowhere, 0.0, **shared, response=None, refusal=str(error))
+    centred = (pairs - gradient).T
+    moved = torch.linalg.solve(hessian, centred)
+    noise = (moved.square().sum(1) / scatter).sqrt()[:size]
+    return Certificate(
+        decrement=0.5 * float(gradient @ torch.linalg.solve(hessian, gradient)),
+        noise=noise / response.sd,
+        optimism=float((moved * centred).sum()) / scatter,
+        **shared,
+        response=response,
+        refusal="",
+    )
+
+
+def _certify_by_diagonal(
+    elbo: FixedDrawELBO, x: Tensor, pairs: Tensor, shared: dict[str, float]
+) -> Certificate:
+    """The same with the Hessian that independent latents would have.
+
+    At the optimum the expected curvature by a location is the precision of its factor, and that by
+    its log scale is two.
+    """
+    scale = x[elbo.size :].exp()
+    inverse = torch.cat([scale.square(), torch.full_like(scale, 0.5)])
+    gradient = pairs.mean(0)
+    variance = (pairs - gradient).square().sum(0) / (len(pairs) * (len(pairs) - 1))
+    return Certificate(
+        decrement=0.5 * float((inverse * gradient.square()).sum()),
+        noise=(inverse * variance.sqrt())[: elbo.size] / scale,
+        optimism=float((inverse * variance).sum()),
+        **shared,
+        response=None,
+        refusal=f"with {elbo.size} latents it is computed on request, for chosen latents",
+    )

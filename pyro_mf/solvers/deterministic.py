@@ -1,120 +1,28 @@
-"""The deterministic solver: a mean-field Normal fitted over fixed draws, to a certificate."""
+"""The deterministic solver: a mean-field Normal fitted over fixed draws, up to a certificate."""
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
+from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import Certificate, certify
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import Estimate, FixedDrawELBO
-from pyro_mf.solvers.minimise import lbfgs, natural_gradient
-from pyro_mf.solvers.outcome import Outcome, Progress, Report, silent
-from pyro_mf.solvers.start import find_start
+from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
+from pyro_mf.solvers.minimise import descend, polish
+from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
+from pyro_mf.solvers.start import check_gradient, find_starts
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
-# Rounds of L-BFGS with the Hessian of the last point as its metric.
-_MAX_POLISHES = 4
-
-
-class BudgetSpentError(Exception):
-    """The solver may compute no more gradients."""
-
-
-class CountedELBO(FixedDrawELBO):
-    """A fixed-draw ELBO that counts, reports and remembers what it is asked."""
-
-    def __init__(self, blocks: Blocks, draws: Tensor, run: Run) -> None:
-        super().__init__(blocks, draws)
-        self._run = run
-
-    def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
-        """As in :class:`FixedDrawELBO`."""
-        value, gradient = super().value_and_gradient(x)
-        self._run.record(self, x, value)
-        return value, gradient
-
-
-class Run:
-    """One run of the solver: the point it has reached, and what that took.
-
-    Args:
-        blocks: The log joint.
-        seed: Seed of all draws.
-        max_gradients: Budget.
-        report: Called now and then.
-    """
-
-    def __init__(self, blocks: Blocks, seed: int, max_gradients: int, report: Report) -> None:
-        self.blocks = blocks
-        self.seed = seed
-        self.max_gradients = max_gradients
-        self.report = report
-        self.best: tuple[float, Tensor] | None = None
-        self.phase = "start"
-        self.losses: list[float] = []
-        self.notes: list[str] = []
-        self.num_gradients = 0
-        self.certificate: Certificate | None = None
-        self.fresh = Estimate(math.nan, math.nan)
-
-    def objective(self, num_draws: int) -> CountedELBO:
-        """The ELBO over so many draws."""
-        self.phase = f"{num_draws} draws"
-        self.best = None  # values over other draws do not compare
-        draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed)
-        return CountedELBO(self.blocks, draws, self)
-
-    def record(self, elbo: FixedDrawELBO, x: Tensor, value: float) -> None:
-        """Count a gradient."""
-        self.num_gradients += 1
-        if math.isfinite(value):
-            self.losses.append(value)
-            if self.best is None or value < self.best[0]:
-                self.best = value, x.clone()
-            self.report(Progress(self.phase, self.num_gradients, -value, self.fresh.se))
-        if self.num_gradients > self.max_gradients:
-            raise BudgetSpentError
-
-
-def optimise(elbo: CountedELBO, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimise from a start, and return the point with its Hessian."""
-    size = elbo.size
-    x = natural_gradient(elbo, x, max_steps=30)
-    round_ = torch.cat([x[size:].exp(), torch.full_like(x[size:], 0.5**0.5)])
-    x = lbfgs(
-        elbo.value_and_gradient,
-        x,
-        round_,
-        max_iterations=300,
-        gradient_tolerance=1e-3,
-        value_tolerance=1e-10,
-    )
-    hessian = elbo.hessian(x)
-    for _ in range(_MAX_POLISHES):
-        if not bool(torch.isfinite(hessian).all()):
-            break
-        metric = _inverse_root(hessian)
-        start = x
-        x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=1e-5)
-        moved = torch.linalg.solve(metric, x - start).norm()
-        if moved < 0.03:
-            break
-        hessian = elbo.hessian(x)
-    return x, hessian
-
-
-def _inverse_root(hessian: Tensor) -> Tensor:
-    """A matrix in whose coordinates the Hessian is the identity, up to signs."""
-    root = hessian.diagonal().abs().clamp_min(1e-12).sqrt()
-    eigenvalues, vectors = torch.linalg.eigh(hessian / (root[:, None] * root))
-    return vectors / eigenvalues.abs().clamp_min(1e-8).sqrt() / root[:, None]
+# A scale that has grown by so much belongs to a posterior that does not hold it.
+_RUNAWAY = 1e6
 
 
 def solve_deterministic(
@@ -127,39 +35,174 @@ def solve_deterministic(
     disperse: bool = False,
     report: Report = silent,
 ) -> Outcome:
-    """Fit Normal factors by minimising the negative ELBO over fixed draws."""
-    began = time.perf_counter()
-    blocks = Blocks(log_joint)
-    run = Run(blocks, seed, max_gradients, report)
-    elbo = run.objective(_FIRST_DRAWS)
-    x = find_start(elbo, seed=seed, disperse=disperse)
-    while True:
-        x, hessian = optimise(elbo, x)
-        fresh_draws = fixed_draws(_FRESH_DRAWS, blocks.size, seed=seed + 1)
-        run.fresh = FixedDrawELBO(blocks, fresh_draws).estimate(x)
-        run.certificate = certify(elbo, x, hessian, run.fresh)
-        c = run.certificate
-        run.notes.append(
-            f"{elbo.num_draws} draws: {run.num_gradients} grads blocks {blocks.num_calls} dec {c.decrement:.1e} noise {float(c.noise.max()):.3f} opt {c.optimism:.2f} gap {c.gap:.2f}±{c.gap_se:.2f}"
+    """Fit Normal factors by minimising the negative ELBO over fixed draws.
+
+    The number of draws is doubled until their error is below the tolerance, and the point is
+    accepted when it has a certificate: a Newton decrement of zero to rounding, and the same ELBO
+    over fresh draws, up to its error. Ctrl-C ends the run; the guide then holds the best point.
+
+    Args:
+        log_joint: The density, of the full data.
+        guide: A guide with Normal factors for the same latents, set up; it gets the optimum.
+        seed: Seed of all draws; the same seed gives the same bits.
+        tolerance: Error of each location that the fixed draws may cause, in posterior sds.
+        max_gradients: Gradients of the ELBO after which the run ends.
+        disperse: Start at a random point of the seed's and not at the origin.
+        report: Called with the progress.
+
+    Returns:
+        The outcome, with the linear response where there is one.
+
+    Raises:
+        ModelError: If no finite starting point was found, the log density does not depend on some
+            latent, or its gradient is not its derivative.
+
+    References:
+        Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic
+        Objective, https://arxiv.org/abs/2304.05527
+        Burroni, Domke and Sheldon (2024), Sample Average Approximation for Black-Box VI,
+        https://arxiv.org/abs/2304.06803
+    """
+    return _Run(log_joint, guide, seed, tolerance, disperse, Meter(max_gradients, report)).solve()
+
+
+@dataclass(eq=False)
+class _Run:
+    log_joint: LogJoint
+    guide: FactorisedGuide
+    seed: int
+    tolerance: float
+    disperse: bool
+    meter: Meter
+    x: Tensor | None = None
+    fresh: Estimate = Estimate(math.nan, math.nan)
+    certificate: Certificate | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def solve(self) -> Outcome:
+        began = time.perf_counter()
+        self.blocks = Blocks(self.log_joint)
+        draws = fixed_draws(_FRESH_DRAWS, self.blocks.size, seed=self.seed + 1_000_003)
+        self.fresh_elbo = FixedDrawELBO(self.blocks, draws)
+        captured = self.log_joint.capture_seconds
+        try:
+            reason, message = self._optimise()
+        except BudgetSpentError:
+            reason, message = (
+                "budget",
+                f"the budget of {self.meter.num_gradients} gradients is spent",
+            )
+        except KeyboardInterrupt:
+            reason, message = "interrupted", "interrupted by the user"
+        self._keep_best()
+        capture = self.log_joint.capture_seconds - captured
+        certificate = self.certificate
+        return Outcome(
+            elbo=self.fresh.elbo,
+            elbo_se=self.fresh.se,
+            stop_reason=reason,
+            message=message,
+            losses=tuple(self.meter.losses),
+            num_gradients=self.meter.num_gradients,
+            seconds={"capture": capture, "optimise": time.perf_counter() - began - capture},
+            notes=tuple(self.notes),
+            response=None if certificate is None else certificate.response,
+            refusal="" if certificate is None else certificate.refusal,
         )
-        if c.is_stationary and c.is_precise(tolerance) and c.agrees_on_fresh_draws:
-            reason = "converged"
-            break
-        if elbo.num_draws >= _MAX_DRAWS:
-            reason = "budget"
-            break
-        elbo = run.objective(2 * elbo.num_draws)
-    loc, scale = x[: blocks.size], x[blocks.size :].exp()
-    guide.set_flat_params((loc, scale))
-    return Outcome(
-        run.fresh.elbo,
-        run.fresh.se,
-        reason,
-        "",
-        tuple(run.losses),
-        run.num_gradients,
-        {"optimise": time.perf_counter() - began},
-        tuple(run.notes),
-        c.response,
-        c.refusal,
-    )
+
+    def _optimise(self) -> tuple[StopReason, str]:
+        """Double the draws until the optimum has its certificate."""
+        elbo = self._objective(_FIRST_DRAWS)
+        starts = find_starts(elbo, seed=self.seed, disperse=self.disperse)
+        self._check_density(elbo, starts[0])
+        x = self._best_of(elbo, starts)
+        log_scale = starts[0][elbo.size :]
+        while True:
+            x, hessian = polish(elbo, x)
+            self.x, self.fresh = x, self.fresh_elbo.estimate(x)
+            self.meter.elbo_se = self.fresh.se
+            self.certificate = certify(elbo, x, hessian, self.fresh)
+            complaints = self.certificate.complaints(self.tolerance)
+            if not complaints:
+                return "converged", self._describe_optimum(elbo.num_draws, self.certificate)
+            runaway = self._runaway(log_scale, x)
+            if runaway:
+                return "diverged", runaway
+            if elbo.num_draws >= _MAX_DRAWS:
+                return "budget", f"with {elbo.num_draws} fixed draws {', and '.join(complaints)}"
+            elbo = self._objective(2 * elbo.num_draws)
+            x = descend(elbo, x)
+
+    def _objective(self, num_draws: int) -> MeteredELBO:
+        draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed)
+        return MeteredELBO(self.blocks, draws, self.meter)
+
+    def _check_density(self, elbo: FixedDrawELBO, x: Tensor) -> None:
+        """Refuse what no solver that follows the gradient can fit.
+
+        Raises:
+            ModelError: If the log density is flat, or its gradient is not its derivative.
+        """
+        loc, scale = elbo.split(x)
+        gradients = self.blocks.value_and_grad(loc + scale * elbo.draws)[1]
+        flat = self.log_joint.layout.describe_flat(gradients)
+        if flat is not None:
+            raise ModelError(f"{flat}. Its posterior is improper, and the ELBO has no maximum.")
+        check_gradient(elbo, x)
+
+    def _best_of(self, elbo: MeteredELBO, starts: list[Tensor]) -> Tensor:
+        """Descend from every start; of several, keep the one with the best ELBO on fresh draws."""
+        if len(starts) == 1:
+            return descend(elbo, starts[0])
+        found = []
+        for start in starts:
+            self.meter.best = None
+            x = descend(elbo, start)
+            found.append((self.fresh_elbo.estimate(x), x))
+            self.x = max(found, key=lambda pair: pair[0].elbo)[1]  # for Ctrl-C
+        best = max(estimate.elbo for estimate, _ in found)
+        worse = [e.elbo for e, _ in found if e.elbo < best - max(1.0, 4.0 * e.se)]
+        if worse:
+            self.notes.append(
+                f"of {len(starts)} starts, {len(worse)} led to a worse optimum (ELBO "
+                f"{', '.join(f'{elbo:.1f}' for elbo in worse)} against {best:.1f}): the ELBO has "
+                "several optima, and num_restarts may find a better one"
+            )
+        return max(found, key=lambda pair: pair[0].elbo)[1]
+
+    def _describe_optimum(self, num_draws: int, certificate: Certificate) -> str:
+        return (
+            f"the optimum over {num_draws} fixed draws: {certificate.decrement:.1g} nats from it, "
+            f"locations within {float(certificate.noise.max()):.2f} sds, the same ELBO on fresh "
+            "draws within its error"
+        )
+
+    def _runaway(self, log_scale: Tensor, x: Tensor) -> str:
+        """Latents whose scales have grown without bound, in words; empty where none has."""
+        growth = x[len(log_scale) :] - log_scale
+        names = [
+            name
+            for name, log_factor in zip(
+                self.log_joint.layout.element_names(), growth.tolist(), strict=True
+            )
+            if log_factor > math.log(_RUNAWAY)
+        ]
+        if not names:
+            return ""
+        return (
+            f"the ELBO grows without bound as the scale of {', '.join(names[:3])} does: the "
+            "posterior looks improper. Give it a proper prior, or look for data that leave it "
+            "undetermined (separable classes, collinear predictors)"
+        )
+
+    def _keep_best(self) -> None:
+        """Put the best point that is known into the guide."""
+        if self.meter.best is not None and self.certificate is None:
+            self.x = self.meter.best[1]
+        if self.x is None:
+            return
+        size = self.blocks.size
+        like = self.guide.flat_leaves()[0]
+        self.guide.set_flat_params((self.x[:size].to(like), self.x[size:].exp().to(like)))
+        if not math.isfinite(self.fresh.elbo):
+            self.fresh = self.fresh_elbo.estimate(self.x)

@@ -55,6 +55,11 @@ class FixedDrawELBO:
         """Location and scale, each ``(D,)``."""
         return x[: self.size], x[self.size :].exp()
 
+    def unit_metric(self, x: Tensor) -> Tensor:
+        """Steps in location and log scale that change the factors by about as much, ``(2 D,)``."""
+        scale = self.split(x)[1]
+        return torch.cat([scale, torch.full_like(scale, 0.5**0.5)])
+
     def value_and_gradient(self, x: Tensor) -> tuple[float, Tensor]:
         """Negative ELBO in nats and its gradient; infinite, with gradient zero, off the support."""
         values, gradients = self._at_draws(x)
@@ -94,10 +99,12 @@ class FixedDrawELBO:
 
     def hessian_vector(self, x: Tensor, vector: Tensor) -> Tensor:
         """Hessian times a vector ``(2 D,)``, from 3 S gradients."""
-        spread = self.split(x)[1] * self.draws
+        scale = self.split(x)[1]
+        spread = scale * self.draws
         gradients = self._at_draws(x)[1]
         moved = vector[: self.size] + spread * vector[self.size :]
-        product = -self.blocks.hessian_vector(self._z(x), moved)
+        length = (moved / scale).abs().max().clamp_min(torch.finfo(x.dtype).tiny)
+        product = -length * self.blocks.hessian_vector(self._z(x), moved / length)
         curved = product * spread - gradients * spread * vector[self.size :]
         return torch.cat([product.mean(0), curved.mean(0)])
 

@@ -37,7 +37,8 @@ class LinearResponse:
     @property
     def sd(self) -> Tensor:
         """Standard deviations on the unconstrained space, shape ``(D,)``."""
-        return self.covariance.diagonal().sqrt()
+        sd: Tensor = self.covariance.diagonal().sqrt()
+        return sd
 
     @property
     def correlation(self) -> Tensor:

@@ -17,6 +17,12 @@ ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
 # An infinite value would spoil the interpolation of a line search; so many nats above the last
 # finite one make it go back as well.
 _WALL = 1e3
+_MAX_ITERATIONS = 300
+# Renewals of the Hessian, and how far the optimum may be from where it was computed: in the metric
+# of the Hessian itself, so a few hundredths of a posterior sd.
+_MAX_POLISHES, _SAME_POINT = 4, 0.03
+# Latents up to which the Hessian is computed as a matrix.
+MAX_DENSE = 400
 
 
 def lbfgs(
@@ -46,20 +52,21 @@ def lbfgs(
     """
     is_matrix = metric.dim() == 2
     last_finite = [0.0]
-    best = [math.inf, start]
+    best_value, best = math.inf, start
 
     def point(y: np.ndarray) -> Tensor:
         moved = torch.as_tensor(y, dtype=start.dtype)
         return start + (metric @ moved if is_matrix else metric * moved)
 
     def evaluate(y: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best_value, best
         x = point(y)
         value, gradient = function(x)
         if not math.isfinite(value):
             return last_finite[0] + _WALL, np.zeros_like(y)
         last_finite[0] = value
-        if value < best[0]:
-            best[:] = value, x
+        if value < best_value:
+            best_value, best = value, x
         return value, (metric.T @ gradient if is_matrix else metric * gradient).numpy()
 
     optimize.minimize(
@@ -76,7 +83,7 @@ def lbfgs(
             "ftol": value_tolerance,
         },
     )
-    return best[1]  # type: ignore[return-value]
+    return best
 
 
 def natural_gradient(
@@ -124,3 +131,57 @@ def natural_gradient(
         if rate < 1e-3:
             break
     return x
+
+
+def descend(elbo: FixedDrawELBO, x: Tensor) -> Tensor:
+    """Come close to the optimum: natural-gradient steps, then L-BFGS in units of the scales.
+
+    Args:
+        elbo: The objective.
+        x: Location and log scale, shape ``(2 D,)``, where the objective is finite.
+    """
+    x = natural_gradient(elbo, x, max_steps=30)
+    return lbfgs(
+        elbo.value_and_gradient,
+        x,
+        elbo.unit_metric(x),
+        max_iterations=_MAX_ITERATIONS,
+        gradient_tolerance=1e-3,
+        value_tolerance=1e-10,
+    )
+
+
+def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Go to the optimum, with the Hessian as the metric, renewed where the point has moved.
+
+    Args:
+        elbo: The objective.
+        x: Where :func:`descend` has come to.
+
+    Returns:
+        The optimum, and the Hessian there or so close by that it is the same; ``None`` where there
+        are too many latents for a matrix.
+    """
+    if elbo.size > MAX_DENSE:
+        metric = elbo.unit_metric(x)
+        x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=1000, gradient_tolerance=1e-4)
+        return x, None
+    hessian = elbo.hessian(x)
+    for _ in range(_MAX_POLISHES):
+        if not bool(torch.isfinite(hessian).all()):
+            break
+        metric = _inverse_root(hessian)
+        start = x
+        x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=1e-5)
+        if torch.linalg.solve(metric, x - start).norm() < _SAME_POINT:
+            break
+        hessian = elbo.hessian(x)
+    return x, hessian
+
+
+def _inverse_root(hessian: Tensor) -> Tensor:
+    """A matrix in whose coordinates the Hessian is the identity, up to signs."""
+    root = hessian.diagonal().abs().clamp_min(torch.finfo(hessian.dtype).tiny).sqrt()
+    eigenvalues, vectors = torch.linalg.eigh(hessian / (root[:, None] * root))
+    inverse_root: Tensor = vectors / eigenvalues.abs().clamp_min(1e-8).sqrt()
+    return inverse_root / root[:, None]

@@ -1,8 +1,8 @@
 """Where a fit starts: a location and a scale per latent from which the optimum can be reached.
 
 Thirty quasi-Newton steps towards the mode find the right place on a badly scaled model, but run
-into the neck of a hierarchical one, whose density has no maximum. So several points of the path
-compete, the first among them, each with scales from its curvature and a few steps of optimisation.
+into the neck of a hierarchical one, whose density has no maximum. Where no mode is reached, several
+points of the path are to be tried, the first among them, each with scales from its curvature.
 """
 
 from __future__ import annotations
@@ -13,47 +13,98 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import ModelError
-from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.solvers.blocks import STEPS, Blocks
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
-from pyro_mf.solvers.minimise import lbfgs, natural_gradient
+from pyro_mf.solvers.minimise import lbfgs
 
 _PATH_STEPS = 30
-_RACE_STEPS = 10
 # Scales where the curvature says nothing, and the most and the least that a start may have.
 _FLAT_SCALE, _MIN_SCALE = 1.0, 1e-8
 # Latents up to which the curvature is computed exactly, and probes that estimate it beyond.
 _MAX_EXACT, _NUM_PROBES = 256, 16
 
 
-def find_start(elbo: FixedDrawELBO, *, seed: int, disperse: bool = False) -> Tensor:
-    """Location and log scale from which to optimise, shape ``(2 D,)``.
+def find_starts(elbo: FixedDrawELBO, *, seed: int, disperse: bool = False) -> list[Tensor]:
+    """Points from which to optimise, each location and log scale, shape ``(2 D,)``.
 
     Args:
         elbo: The objective.
         seed: Seed of random points and probes.
         disperse: Start at a random point rather than at the origin.
 
+    Returns:
+        One point where the density has a mode that was reached; else several, along the way.
+
     Raises:
         ModelError: If no point with a finite log joint was found.
     """
     blocks = elbo.blocks
     origin = _finite_point(blocks, seed, disperse=disperse)
-    path, has_mode = _path_to_mode(blocks, origin)
-    picks = [path[-1]] if has_mode else [path[i] for i in _spread(len(path))]
-    candidates = [_with_scales(elbo, z, seed) for z in picks]
-    if len(candidates) == 1:
-        return candidates[0]
-    raced = [natural_gradient(elbo, x, max_steps=_RACE_STEPS) for x in candidates]
-    return min(raced, key=lambda x: elbo.value_and_gradient(x)[0])
+    path = _path_to_mode(blocks, origin)
+    curvature = _curvature(blocks, path[-1], seed)
+    starts = [_with_scales(elbo, path[-1], curvature)]
+    if not _is_near_mode(blocks, path[-1], curvature):
+        others = [path[i] for i in _spread(len(path))]
+        starts += [_with_scales(elbo, z, _curvature(blocks, z, seed)) for z in others]
+    finite = [x for x in starts if math.isfinite(elbo.value_and_gradient(x)[0])]
+    if not finite:
+        raise ModelError(
+            "the log density is finite at a point but not around it, however close: no Normal "
+            "factors fit there. Check the model for constraints that its supports do not state."
+        )
+    return finite
+
+
+def check_gradient(elbo: FixedDrawELBO, x: Tensor) -> None:
+    """Hold the gradient against differences of the values.
+
+    Rounding to integers, comparisons and values that leave torch have no derivative, or lose it;
+    the optimum that such a gradient leads to is none.
+
+    Raises:
+        ModelError: If they differ.
+    """
+    dtype = elbo.blocks.log_joint.dtype
+    step = STEPS[dtype]
+    generator = torch.Generator().manual_seed(0)
+    metric = elbo.unit_metric(x)
+    for _ in range(2):
+        sign = 2.0 * torch.randint(0, 2, (len(x),), generator=generator).to(x) - 1.0
+        move = step * metric * sign
+        ahead, behind = elbo.estimate(x + move).elbo, elbo.estimate(x - move).elbo
+        if not math.isfinite(ahead - behind):
+            continue
+        slope = (behind - ahead) / (2.0 * step)
+        gradient = elbo.value_and_gradient(x)[1] * metric
+        promised = float(gradient @ sign)
+        rounding = 100.0 * torch.finfo(dtype).eps * abs(ahead) / step
+        if abs(slope - promised) > rounding + 0.05 * (1.0 + float(gradient.norm())):
+            raise ModelError(
+                "the gradient of the log density is not its derivative: along a random direction "
+                f"it promises {promised:.4g} nats per unit, the values give {slope:.4g}. Look for "
+                "rounding, comparisons, .detach(), .item() or NumPy between a latent and a density."
+            )
 
 
 def _spread(num: int) -> list[int]:
-    """First, last, and two between, closer to the first."""
-    return sorted({0, num // 8, num // 3, num - 1})
+    """The first of so many, and two of those behind it."""
+    return sorted({0, num // 8, num // 3} - {num - 1})
+
+
+def _is_near_mode(blocks: Blocks, z: Tensor, curvature: Tensor) -> bool:
+    """Whether the density has a maximum less than about one nat above a point."""
+    if not bool((curvature > 0).all()):
+        return False
+    gradient = blocks.value_and_grad(z[None])[1][0]
+    return float((gradient.square() / curvature).sum()) < 2.0
 
 
 def _finite_point(blocks: Blocks, seed: int, *, disperse: bool) -> Tensor:
-    """The origin if the log joint is finite there, else the best of random points near it."""
+    """The origin if the log joint is finite there, else the best of random points near it.
+
+    Raises:
+        ModelError: If it is finite at none of them.
+    """
     size, generator = blocks.size, torch.Generator().manual_seed(seed)
     for attempt in range(12):
         radius = 2.0 * 0.5 ** max(0, attempt - 2)
@@ -75,8 +126,8 @@ def _finite_point(blocks: Blocks, seed: int, *, disperse: bool) -> Tensor:
     )
 
 
-def _path_to_mode(blocks: Blocks, origin: Tensor) -> tuple[list[Tensor], bool]:
-    """Points on the way to the mode, and whether it was reached."""
+def _path_to_mode(blocks: Blocks, origin: Tensor) -> list[Tensor]:
+    """Points on the way to the mode."""
     path = [origin]
 
     def negative(z: Tensor) -> tuple[float, Tensor]:
@@ -92,12 +143,11 @@ def _path_to_mode(blocks: Blocks, origin: Tensor) -> tuple[list[Tensor], bool]:
         value_tolerance=1e-6,
         callback=path.append,
     )
-    return path, len(path) <= _PATH_STEPS
+    return path
 
 
-def _with_scales(elbo: FixedDrawELBO, z: Tensor, seed: int) -> Tensor:
+def _with_scales(elbo: FixedDrawELBO, z: Tensor, curvature: Tensor) -> Tensor:
     """A location with the scales that its curvature suggests, small enough to be finite."""
-    curvature = _curvature(elbo.blocks, z, seed)
     known = curvature > 1e-12
     scale = torch.where(known, curvature.clamp_min(1e-12).rsqrt(), _FLAT_SCALE)
     log_scale = scale.clamp(_MIN_SCALE, _FLAT_SCALE * 1e3).log()
