@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_flatten
 from pyro_mf._errors import (
     CheckpointError,
     DifferentDataWarning,
-    LinearResponseError,
 )
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import Layout
@@ -27,6 +26,7 @@ from pyro_mf.density.prototype import run_prototype
 from pyro_mf.families import FAMILIES
 from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
+from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum, current_params
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.linear_response import LinearResponse
@@ -55,15 +55,14 @@ def save_result(result: FitResult, path: Path) -> None:
     problem = result.problem
     with forked_seed(0):  # a model that subsamples draws indices
         prototype = run_prototype(problem.model, problem.model_args, problem.model_kwargs)
-    entries = [_entry(optimum) for optimum in result.restarts]
-    entries[result.best] |= _response_content(result.known_response)
     write_file(
         path,
         {
             "guide": _guide_content(problem.guide),
             "data": _digest(problem.model_args, problem.model_kwargs),
             "model_params": dict(prototype.params),
-            "restarts": entries,
+            "restarts": [_entry(optimum) for optimum in result.restarts],
+            "response": _response_content(result.response),
             **{name: getattr(result, name) for name in _FIELDS},
         },
     )
@@ -125,7 +124,8 @@ def _parse(path: Path, content: dict[str, Any]) -> _Saved:
     try:
         restarts = tuple(map(_optimum, content["restarts"]))
         restarts[content["best"]]
-        fields = {name: content[name] for name in _FIELDS} | {"notes": tuple(content["notes"])}
+        fields = {name: content[name] for name in _FIELDS}
+        fields |= {"notes": tuple(content["notes"]), "response": _response(content["response"])}
         return _Saved(content["guide"], content["data"], content["model_params"], restarts, fields)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -140,22 +140,32 @@ def _entry(optimum: Optimum) -> dict[str, Any]:
         "params": optimum.params,
         **{name: getattr(outcome, name) for name in _OUTCOME},
         "losses": torch.tensor(outcome.losses, dtype=torch.float64),
-        **_response_content(outcome.response),
     }
 
 
 def _optimum(entry: dict[str, Any]) -> Optimum:
     fields = {name: entry[name] for name in _OUTCOME}
     fields |= {"losses": tuple(entry["losses"].tolist()), "notes": tuple(entry["notes"])}
-    if entry["response"] is not None:
-        fields["response"] = LinearResponse(**entry["response"])
     return Optimum(entry["seed"], Outcome(**fields), tuple(entry["params"]))
 
 
-def _response_content(found: LinearResponse | LinearResponseError | None) -> dict[str, Any]:
-    if isinstance(found, LinearResponse):
-        return {"response": {"loc": found.loc, "covariance": found.covariance}}
-    return {"response": None} if found is None else {"response": None, "refusal": str(found)}
+def _response_content(response: Response | None) -> dict[str, Any] | None:
+    if response is None:
+        return None
+    found = response.found
+    return {
+        "found": None if found is None else {"loc": found.loc, "covariance": found.covariance},
+        "refusal": response.refusal,
+        "elbo": response.elbo,
+        "elbo_se": response.elbo_se,
+    }
+
+
+def _response(content: dict[str, Any] | None) -> Response | None:
+    if content is None:
+        return None
+    found = None if content["found"] is None else LinearResponse(**content["found"])
+    return Response(**(content | {"found": found}))
 
 
 def _guide_content(guide: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pyro_mf.families import Family
 from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.problem import at_least, read_problem
 from pyro_mf.fitting.progress import ProgressBar
+from pyro_mf.fitting.response import respond
 from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes, solve_from_starts
 from pyro_mf.fitting.result import FitResult
 from pyro_mf.guides.flat_guide import FlatGuide
@@ -113,7 +114,14 @@ def fit(
             max_gradients=max_gradients,
             report_for=bar.labelled,
         )
-    best = best_of(optima)
+        best = best_of(optima)
+        seconds = _seconds_by_phase(prepared, optima)
+        response = None
+        if choice.solver == "deterministic":
+            begin = time.perf_counter()
+            bar(Progress("linear response", 0, math.nan, math.nan))
+            response = respond(problem, optima[best].outcome, seed=seed)
+            seconds["linear response"] = time.perf_counter() - begin
     modes = describe_modes(optima, problem.guide)
     _warn(optima[best], modes)
     return FitResult(
@@ -123,8 +131,9 @@ def fit(
         seed=seed,
         restarts=optima,
         best=best,
-        seconds=_seconds_by_phase(prepared, optima),
+        seconds=seconds,
         notes=(*optima[best].outcome.notes, *failures, *([f"{modes}."] if modes else [])),
+        response=response,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
-from pyro_mf._errors import LinearResponseError
 from pyro_mf.fitting.progress import with_error
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def report(result: FitResult) -> str:
         _line("cost", _cost(result)),
         _line("linear response", _linear_response(result)),
     ]
+    if (believe := _believe(result)) is not None:
+        lines.append(_line("sds to believe", believe))
     if len(result.restarts) > 1:
         elbos = ", ".join(f"{optimum.outcome.elbo:.2f}" for optimum in result.restarts)
         lines.append(_line("restarts", f"ELBOs {elbos}"))
@@ -67,17 +68,28 @@ def _cost(result: FitResult) -> str:
 
 
 def _linear_response(result: FitResult) -> str:
-    found = result.known_response
-    if isinstance(found, LinearResponseError):
-        return f"none: {found}"
-    if found is None:
+    response = result.response
+    if response is None:
         return "not computed yet; call result.linear_response()"
+    if response.found is None:
+        return f"none: {response.refusal}"
+    found = response.found
     ratio = found.sd / result.restarts[result.best].params[1].to(found.sd)
     index = int(ratio.argmax())
     return (
         f"sds are {float(ratio.median()):.2f} times the mean-field's (median), at most "
         f"{float(ratio[index]):.2f} times ('{result.layout.element_names()[index]}')"
     )
+
+
+def _believe(result: FitResult) -> str | None:
+    response = result.response
+    if response is None or response.found is None:
+        return None
+    elbo = with_error(response.elbo, response.elbo_se)
+    if response.is_better(result.outcome):
+        return f"sd_lr: the Gaussian of linear response has the ELBO {elbo}, no lower than this fit"
+    return f"sd: the Gaussian of linear response has the ELBO {elbo}, lower than this fit"
 
 
 def _line(label: str, text: str) -> str:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from pyro_mf._errors import LinearResponseError, ModelError
+from pyro_mf._errors import LinearResponseError
 from pyro_mf.convert.guide_draws import draw_guide
 from pyro_mf.density import Layout, LogJoint
-from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem, at_least
+from pyro_mf.fitting.response import Response, respond
 from pyro_mf.fitting.restarts import Optimum
 from pyro_mf.guides.flat_guide import FlatGuide
-from pyro_mf.solvers.blocks import Blocks
-from pyro_mf.solvers.draws import fixed_draws
-from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
-from pyro_mf.solvers.linear_response import LinearResponse, linear_response
+from pyro_mf.solvers.linear_response import LinearResponse
 from pyro_mf.solvers.outcome import Outcome, StopReason
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_RESPONSE_DRAWS = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +36,7 @@ class FitResult:
         best: Index of the optimum that is the result.
         seconds: Wall time by phase, all starts together.
         notes: Sentences on what went wrong on the way and what was done about it.
+        response: Linear response where it is known already; see :meth:`linear_response`.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -63,7 +58,7 @@ class FitResult:
     best: int
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
-    _computed: LinearResponse | LinearResponseError | None = field(default=None, init=False)
+    response: Response | None = None
 
     # -- what was reached ------------------------------------------------------------------------
 
@@ -137,20 +132,18 @@ class FitResult:
         Raises:
             LinearResponseError: If there is none at this optimum; the message says why.
         """
-        if self.known_response is None:
-            object.__setattr__(self, "_computed", _compute_response(self))
-        found = self.known_response
-        if isinstance(found, LinearResponse):
-            return found
-        raise LinearResponseError(str(found))
+        response = self.known_response()
+        if response.found is None:
+            raise LinearResponseError(response.refusal)
+        return response.found
 
-    @property
-    def known_response(self) -> LinearResponse | LinearResponseError | None:
-        """The linear response, or why there is none, where that is known without computing."""
-        outcome = self.outcome
-        if outcome.refusal:
-            return LinearResponseError(outcome.refusal)
-        return outcome.response or self._computed
+    def known_response(self) -> Response:
+        """The linear response with its ELBO, or why there is none; computed at the first call."""
+        if self.response is None:
+            found = respond(self.problem, self.outcome, seed=self.seed)
+            object.__setattr__(self, "response", found)  # a cache, not a change
+            return found
+        return self.response
 
     def linear_response_guide(self) -> Any:
         """A Pyro guide whose uncertainty is that of linear response.
@@ -178,7 +171,8 @@ class FitResult:
             One row per element, named as ``theta[0]``, with columns ``mean``, ``sd``, ``5%``,
             ``50%`` and ``95%`` of the mean-field posterior, and ``mean_lr`` and ``sd_lr`` with the
             covariance from linear response. These two are NaN where there is none, and
-            ``.attrs["linear_response"]`` says why.
+            ``.attrs["linear_response"]`` says why; ``.attrs["believe"]`` is the sd to believe,
+            ``"sd"`` or ``"sd_lr"``, that of the Gaussian with the higher ELBO.
         """
         from pyro_mf.fitting.summary import summarise
 
@@ -293,19 +287,3 @@ class FitResult:
         from pyro_mf.fitting.report import report
 
         return report(self)
-
-
-def _compute_response(result: FitResult) -> LinearResponse | LinearResponseError:
-    guide = result.guide
-    if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
-        return LinearResponseError("linear response needs an AutoMeanField of Normal factors")
-    try:
-        blocks = Blocks(result.log_joint)
-    except ModelError as error:
-        return LinearResponseError(f"linear response needs the full data: {error}")
-    loc, scale = (p.detach().double().cpu() for p in guide.flat_params())
-    elbo = FixedDrawELBO(blocks, fixed_draws(_RESPONSE_DRAWS, len(loc), seed=result.seed))
-    try:
-        return linear_response(loc, elbo.hessian(torch.cat([loc, scale.log()])))
-    except LinearResponseError as error:
-        return error

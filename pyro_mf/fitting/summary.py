@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_mf._errors import LinearResponseError
 from pyro_mf.families import Family, Normal
 from pyro_mf.guides.flat_guide import FlatGuide
 
@@ -79,23 +78,21 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
     """See :meth:`pyro_mf.FitResult.summary`."""
     import pandas as pd
 
-    guide, factors, reason = result.guide, None, None
+    guide, factors = result.guide, None
     if isinstance(guide, FlatGuide):
         factors = Factors(guide.family, tuple(p.detach() for p in guide.flat_params()))
     plain = _moments(result, factors, linear_response=False, deterministic=deterministic)
     corrected: dict[str, Moments] = {}
-    try:
-        response = result.linear_response()
-    except LinearResponseError as error:
-        reason = str(error)
-    else:
+    response = result.known_response()
+    if response.found is not None:
         like = result.log_joint
-        params = (x.to(like.device, like.dtype) for x in (response.loc, response.sd))
+        params = (x.to(like.device, like.dtype) for x in (response.found.loc, response.found.sd))
         factors = Factors(Normal(), tuple(params))
         corrected = _moments(result, factors, linear_response=True, deterministic=deterministic)
-    parts = [_table(site, m, corrected.get(site)) for site, m in plain.items()]
-    table = pd.concat(parts)
-    table.attrs = {} if reason is None else {"linear_response": reason}
+    table = pd.concat([_table(site, m, corrected.get(site)) for site, m in plain.items()])
+    table.attrs = {"believe": "sd_lr" if response.is_better(result.outcome) else "sd"}
+    if response.refusal:
+        table.attrs["linear_response"] = response.refusal
     return table
 
 

@@ -1,0 +1,100 @@
+r"""Linear response of a fit, and whether to believe it rather than the mean-field posterior.
+
+Both are Gaussians on the unconstrained space, and the ELBO ranks any two: it is the log evidence
+minus :math:`KL(q \| p)`. Linear response is exact for a Gaussian posterior and then has the higher
+ELBO; on a funnel its symmetric tails reach where the density is not, and its ELBO falls below the
+mean field's. The ELBO is about all latents at once: a few bad ones can outweigh many that linear
+response has mended.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import LinearResponseError, ModelError
+from pyro_mf.density import LogJoint
+from pyro_mf.families import Normal
+from pyro_mf.fitting.problem import Problem
+from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.solvers.draws import fixed_draws
+from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
+from pyro_mf.solvers.linear_response import LinearResponse, linear_response
+from pyro_mf.solvers.outcome import Outcome
+
+_HESSIAN_DRAWS, _DRAWS = 64, 512
+_Z = 2.0  # standard errors within which two ELBOs count as equal
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """Linear response of a fit, or why it has none.
+
+    Args:
+        found: Location and covariance, ``None`` where there is none.
+        refusal: Why there is none, else empty.
+        elbo: ELBO of the Gaussian that linear response gives, in nats; minus infinity where it
+            reaches out of the density's domain.
+        elbo_se: Its standard error.
+    """
+
+    found: LinearResponse | None
+    refusal: str = ""
+    elbo: float = math.nan
+    elbo_se: float = math.nan
+
+    def is_better(self, outcome: Outcome) -> bool:
+        """Whether to believe its uncertainty rather than that of a mean-field fit."""
+        error = math.hypot(self.elbo_se, outcome.elbo_se)
+        return self.found is not None and self.elbo > outcome.elbo - _Z * error
+
+
+def respond(problem: Problem, outcome: Outcome, *, seed: int) -> Response:
+    """Linear response at an optimum, taken from the solver where that has it already.
+
+    Args:
+        problem: Model and trained guide.
+        outcome: What the solver reported.
+        seed: Seed of the draws.
+    """
+    if outcome.refusal:
+        return Response(None, outcome.refusal)
+    try:
+        found = outcome.response or _at_optimum(problem, seed)
+    except LinearResponseError as error:
+        return Response(None, str(error))
+    log_weights = _log_weights(problem.log_joint, found, seed)
+    return Response(found, "", *_elbo(log_weights))
+
+
+def _log_weights(log_joint: LogJoint, response: LinearResponse, seed: int) -> Tensor:
+    """Log joint minus log density of the Gaussian, at antithetic draws from it, ``(S,)``."""
+    size = len(response.loc)
+    noise = fixed_draws(_DRAWS, size, seed=seed).to(response.loc)
+    values, _ = Blocks(log_joint).value_and_grad(response.loc + noise @ response.scale_tril.mT)
+    log_det = response.scale_tril.diagonal().log().sum()
+    return values + 0.5 * noise.square().sum(1) + log_det + size / 2 * math.log(2 * math.pi)
+
+
+def _elbo(log_weights: Tensor) -> tuple[float, float]:
+    if not bool(torch.isfinite(log_weights).all()):
+        return -math.inf, math.nan
+    pairs = torch.stack(log_weights.chunk(2)).mean(0)
+    return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))
+
+
+def _at_optimum(problem: Problem, seed: int) -> LinearResponse:
+    guide = problem.guide
+    if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
+        raise LinearResponseError("linear response needs an AutoMeanField of Normal factors.")
+    try:
+        blocks = Blocks(problem.log_joint)
+    except ModelError as error:
+        raise LinearResponseError(f"linear response needs the full data: {error}") from error
+    loc, scale = (p.detach().double().cpu() for p in guide.flat_params())
+    elbo = FixedDrawELBO(blocks, fixed_draws(_HESSIAN_DRAWS, len(loc), seed=seed))
+    return linear_response(loc, elbo.hessian(torch.cat([loc, scale.log()])))
