@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError
-from pyro_mf.solvers.fixed_draw_elbo import Estimate, FixedDrawELBO
+from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO
 from pyro_mf.solvers.linear_response import LinearResponse, linear_response
 
 # Nats that the optimum may still be away, and standard errors by which two ELBOs may differ.
 _MAX_DECREMENT, _MAX_Z = 1e-4, 4.0
+# Factor between two estimates of one curvature; below 1.5 on all smooth posteriors that were tried.
+_MAX_CURVATURE_RATIO = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +25,9 @@ class Certificate:
     Args:
         decrement: Newton decrement: nats that the objective could still fall, by its quadratic
             model; infinite where the Hessian is not positive definite.
-        noise: Per latent, error that the fixed draws put on its location, in posterior sds (those
-            of linear response), shape ``(D,)``; NaN where the Hessian is not positive definite.
+        noise: Standard error that the fixed draws put on each location, in posterior sds (those of
+            linear response), and on each log scale, shape ``(2 D,)``; NaN where the Hessian is not
+            positive definite.
         optimism: Nats by which the ELBO over the draws it was optimised over is expected to exceed
             that over fresh ones.
         gap: By how many nats it does.
@@ -43,6 +46,16 @@ class Certificate:
     response: LinearResponse | None
     refusal: str
 
+    @property
+    def loc_noise(self) -> float:
+        """Largest standard error of a location, in posterior sds."""
+        return float(self.noise[: len(self.noise) // 2].max())
+
+    @property
+    def scale_noise(self) -> float:
+        """Largest relative standard error of a scale."""
+        return float(self.noise[len(self.noise) // 2 :].max())
+
     def passes(self, tolerance: float) -> bool:
         """Whether the point is the optimum, and its draws were enough."""
         return not self.complaints(tolerance)
@@ -51,8 +64,14 @@ class Certificate:
         """What is wrong with the point, in words with the numbers.
 
         Args:
-            tolerance: Error of a location that the draws may cause, in posterior sds.
+            tolerance: Error that the draws may cause, of a location in posterior sds, and of a
+                scale relative to it.
         """
+        if not math.isfinite(self.gap):
+            return [
+                "the posterior has hard walls that its supports do not state: the factors put some "
+                "mass where the density is zero, so the ELBO is minus infinity"
+            ]
         found = []
         if not self.decrement < self.max_decrement:
             found.append(
@@ -60,9 +79,10 @@ class Certificate:
                 if math.isfinite(self.decrement)
                 else "the Hessian is not positive definite, so it is no strict optimum"
             )
-        worst = float(self.noise.max())
-        if worst > tolerance:
-            found.append(f"the fixed draws move a location by {worst:.2f} posterior sds")
+        if self.loc_noise > tolerance:
+            found.append(f"the fixed draws move a location by {self.loc_noise:.2f} posterior sds")
+        if self.scale_noise > tolerance:
+            found.append(f"the fixed draws change a scale by {self.scale_noise:.0%}")
         if not self.gap < 2.0 * self.optimism + _MAX_Z * self.gap_se:
             found.append(
                 f"on fresh draws the ELBO is {self.gap:.3g} nats lower, "
@@ -71,13 +91,15 @@ class Certificate:
         return found
 
 
-def certify(elbo: FixedDrawELBO, x: Tensor, hessian: Tensor | None, fresh: Estimate) -> Certificate:
+def certify(
+    elbo: FixedDrawELBO, x: Tensor, curvature: Curvature | None, fresh: Estimate
+) -> Certificate:
     """Examine a point.
 
     Args:
         elbo: The objective.
         x: Location and log scale, shape ``(2 D,)``.
-        hessian: Its Hessian there; ``None`` where there are too many latents for a matrix.
+        curvature: Second derivatives there; ``None`` where there are too many latents for a matrix.
         fresh: ELBO over fresh draws.
 
     Returns:
@@ -95,23 +117,43 @@ def certify(elbo: FixedDrawELBO, x: Tensor, hessian: Tensor | None, fresh: Estim
         "max_decrement": max(_MAX_DECREMENT, 100.0 * epsilon * abs(own.elbo)),
     }
     scatter = len(pairs) * (len(pairs) - 1)
-    if hessian is None:
+    if curvature is None:
         return _certify_by_diagonal(elbo, x, pairs, shared)
+    hessian = curvature.hessian
     try:
         response = linear_response(x[:size], hessian)
     except LinearResponseError as error:
-        nowhere = torch.full_like(x[:size], torch.nan)
+        nowhere = torch.full_like(x, torch.nan)
         return Certificate(math.inf, nowhere, 0.0, **shared, response=None, refusal=str(error))
     centred = (pairs - gradient).T
     moved = torch.linalg.solve(hessian, centred)
-    noise = (moved.square().sum(1) / scatter).sqrt()[:size]
+    refusal = _smoothness_refusal(x, curvature)
+    noise = (moved.square().sum(1) / scatter).sqrt()
+    noise[:size] /= response.sd
     return Certificate(
         decrement=0.5 * float(gradient @ torch.linalg.solve(hessian, gradient)),
-        noise=noise / response.sd,
+        noise=noise,
         optimism=float((moved * centred).sum()) / scatter,
         **shared,
-        response=response,
-        refusal="",
+        response=None if refusal else response,
+        refusal=refusal,
+    )
+
+
+def _smoothness_refusal(x: Tensor, curvature: Curvature) -> str:
+    """Why second derivatives do not describe the density, empty if they do.
+
+    Price's theorem equates a factor's precision with the mean second derivative. It fails at kinks,
+    which have all their curvature in one point.
+    """
+    ratio = curvature.precision.mean(0) * (2.0 * x[len(x) // 2 :]).exp()
+    worst = float(torch.where(ratio < 1.0, 1.0 / ratio.clamp_min(1e-12), ratio).max())
+    if worst < _MAX_CURVATURE_RATIO:
+        return ""
+    return (
+        f"the second derivatives at the draws are off by a factor of {worst:.2g} from the "
+        "curvature that the gradients show, so there is no linear response: the log density has kinks or "
+        "jumps, or the fixed draws are too few"
     )
 
 
@@ -129,7 +171,7 @@ def _certify_by_diagonal(
     variance = (pairs - gradient).square().sum(0) / (len(pairs) * (len(pairs) - 1))
     return Certificate(
         decrement=0.5 * float((inverse * gradient.square()).sum()),
-        noise=(inverse * variance.sqrt())[: elbo.size] / scale,
+        noise=inverse * variance.sqrt() / torch.cat([scale, torch.ones_like(scale)]),
         optimism=float((inverse * variance).sum()),
         **shared,
         response=None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from pyro_mf._errors import ModelError
@@ -14,15 +15,16 @@ from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import Certificate, certify
 from pyro_mf.solvers.draws import fixed_draws
-from pyro_mf.solvers.fixed_draw_elbo import Estimate, FixedDrawELBO
+from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO
 from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
-from pyro_mf.solvers.start import check_gradient, find_starts
+from pyro_mf.solvers.scales import settle_scales
+from pyro_mf.solvers.start import check_gradient, curvature, find_starts
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
-# A scale that has grown by so much belongs to a posterior that does not hold it.
-_RUNAWAY = 1e6
+# Log factor by which a scale may exceed what the curvature at the origin suggests.
+_RUNAWAY = math.log(1e4)
 
 
 def solve_deterministic(
@@ -116,22 +118,32 @@ class _Run:
         starts = find_starts(elbo, seed=self.seed, disperse=self.disperse)
         self._check_density(elbo, starts[0])
         x = self._best_of(elbo, starts)
-        log_scale = starts[0][elbo.size :]
         while True:
-            x, hessian = polish(elbo, x)
+            x, curvature = polish(elbo, x)
             self.x, self.fresh = x, self.fresh_elbo.estimate(x)
+            self.certificate = certify(elbo, x, curvature, self.fresh)
+            if curvature is not None:
+                self._settle(x, curvature)
             self.meter.elbo_se = self.fresh.se
-            self.certificate = certify(elbo, x, hessian, self.fresh)
             complaints = self.certificate.complaints(self.tolerance)
             if not complaints:
                 return "converged", self._describe_optimum(elbo.num_draws, self.certificate)
-            runaway = self._runaway(log_scale, x)
+            runaway = self._runaway(x) if math.isinf(self.certificate.decrement) else []
             if runaway:
-                return "diverged", runaway
+                return "diverged", _describe_runaway(runaway)
             if elbo.num_draws >= _MAX_DRAWS:
                 return "budget", f"with {elbo.num_draws} fixed draws {', and '.join(complaints)}"
             elbo = self._objective(2 * elbo.num_draws)
             x = descend(elbo, x)
+
+    def _settle(self, x: Tensor, curvature: Curvature) -> None:
+        """Take the scales of the expected curvature where they have the better ELBO."""
+        settled, error = settle_scales(x, curvature)
+        estimate = self.fresh_elbo.estimate(settled)
+        if estimate.elbo > self.fresh.elbo and self.certificate is not None:
+            self.x, self.fresh = settled, estimate
+            noise = torch.cat([self.certificate.noise[: len(error)], error])
+            self.certificate = replace(self.certificate, noise=noise)
 
     def _objective(self, num_draws: int) -> MeteredELBO:
         draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed)
@@ -173,36 +185,36 @@ class _Run:
     def _describe_optimum(self, num_draws: int, certificate: Certificate) -> str:
         return (
             f"the optimum over {num_draws} fixed draws: {certificate.decrement:.1g} nats from it, "
-            f"locations within {float(certificate.noise.max()):.2f} sds, the same ELBO on fresh "
-            "draws within its error"
+            f"locations within {certificate.loc_noise:.2f} sds and scales within "
+            f"{certificate.scale_noise:.0%} because of the draws, the same ELBO on fresh draws"
         )
 
-    def _runaway(self, log_scale: Tensor, x: Tensor) -> str:
-        """Latents whose scales have grown without bound, in words; empty where none has."""
-        growth = x[len(log_scale) :] - log_scale
-        names = [
-            name
-            for name, log_factor in zip(
-                self.log_joint.layout.element_names(), growth.tolist(), strict=True
-            )
-            if log_factor > math.log(_RUNAWAY)
-        ]
-        if not names:
-            return ""
-        return (
-            f"the ELBO grows without bound as the scale of {', '.join(names[:3])} does: the "
-            "posterior looks improper. Give it a proper prior, or look for data that leave it "
-            "undetermined (separable classes, collinear predictors)"
-        )
+    def _runaway(self, x: Tensor) -> list[str]:
+        """Latents whose scales are out of all proportion to the curvature at the origin."""
+        size = self.blocks.size
+        known = curvature(self.blocks, torch.zeros_like(x[:size]), self.seed).clamp_min(1e-12)
+        growth = x[size:] + 0.5 * known.log()
+        names = self.log_joint.layout.element_names()
+        return [name for name, g in zip(names, growth.tolist(), strict=True) if g > _RUNAWAY]
 
     def _keep_best(self) -> None:
         """Put the best point that is known into the guide."""
+        known = [] if self.x is None else [self.x]
         if self.meter.best is not None and self.certificate is None:
-            self.x = self.meter.best[1]
-        if self.x is None:
+            known.append(self.meter.best[1])
+        if not known:
             return
-        size = self.blocks.size
-        like = self.guide.flat_leaves()[0]
-        self.guide.set_flat_params((self.x[:size].to(like), self.x[size:].exp().to(like)))
-        if not math.isfinite(self.fresh.elbo):
-            self.fresh = self.fresh_elbo.estimate(self.x)
+        if self.certificate is None:
+            estimates = [(self.fresh_elbo.estimate(x), x) for x in known]
+            self.fresh, self.x = max(estimates, key=lambda pair: pair[0].elbo)
+        size, like = self.blocks.size, self.guide.flat_leaves()[0]
+        x = known[0] if self.x is None else self.x
+        self.guide.set_flat_params((x[:size].to(like), x[size:].exp().to(like)))
+
+
+def _describe_runaway(names: list[str]) -> str:
+    return (
+        f"the ELBO grows without bound as the scale of {', '.join(names[:3])} does: the posterior "
+        "looks improper. Give it a proper prior, or look for data that leave it undetermined "
+        "(separable classes, collinear predictors)"
+    )

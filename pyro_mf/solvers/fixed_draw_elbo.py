@@ -28,6 +28,19 @@ class Estimate(NamedTuple):
     se: float
 
 
+class Curvature(NamedTuple):
+    """Second derivatives at a point.
+
+    Args:
+        hessian: Hessian of the negative ELBO by location and log scale, shape ``(2 D, 2 D)``.
+        precision: Curvature of the log joint by each latent at each draw, shape ``(S, D)``. At the
+            optimum over all draws its mean is the factor's precision (Price's theorem).
+    """
+
+    hessian: Tensor
+    precision: Tensor
+
+
 class FixedDrawELBO:
     """Negative ELBO over fixed draws as a function of ``(loc, log_scale)``, one vector ``(2 D,)``.
 
@@ -80,22 +93,24 @@ class FixedDrawELBO:
         per_draw = self._chain(x, self._at_draws(x)[1])
         return (per_draw[: self.num_draws // 2] + per_draw[self.num_draws // 2 :]) / 2
 
-    def hessian(self, x: Tensor) -> Tensor:
-        """Hessian by location and log scale, shape ``(2 D, 2 D)``, from 2 D S gradients."""
+    def curvature(self, x: Tensor) -> Curvature:
+        """Second derivatives, from 2 D S gradients."""
         size, scale = self.size, self.split(x)[1]
         z, gradients = self._z(x), self._at_draws(x)[1]
         spread = scale * self.draws
         hessian = x.new_zeros(2 * size, 2 * size)
+        precision = torch.zeros_like(z)
         for d in range(size):
             direction = torch.zeros_like(z)
             direction[:, d] = scale[d]
             column = -self.blocks.hessian_vector(z, direction) / scale[d]
+            precision[:, d] = column[:, d]
             hessian[:size, d] = column.mean(0)
             hessian[size:, d] = (column * spread).mean(0)
             hessian[size:, size + d] = (column * spread * spread[:, d, None]).mean(0)
         hessian[:size, size:] = hessian[size:, :size].T
         hessian.diagonal()[size:] -= (gradients * spread).mean(0)
-        return (hessian + hessian.T) / 2
+        return Curvature((hessian + hessian.T) / 2, precision)
 
     def hessian_vector(self, x: Tensor, vector: Tensor) -> Tensor:
         """Hessian times a vector ``(2 D,)``, from 3 S gradients."""

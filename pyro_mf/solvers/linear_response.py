@@ -43,7 +43,7 @@ class LinearResponse:
     @property
     def correlation(self) -> Tensor:
         """Correlations, shape ``(D, D)``."""
-        return self.covariance / (self.sd[:, None] * self.sd)
+        return self.covariance / torch.outer(self.sd, self.sd)
 
     @cached_property
     def scale_tril(self) -> Tensor:
@@ -54,7 +54,8 @@ class LinearResponse:
         """Draw flat unconstrained vectors, shape ``(num_draws, D)``."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(num_draws, len(self.loc), generator=generator, dtype=torch.float64)
-        return self.loc + noise.to(self.loc) @ self.scale_tril.T
+        draws: Tensor = self.loc + noise.to(self.loc) @ self.scale_tril.T
+        return draws
 
 
 def linear_response(loc: Tensor, hessian: Tensor) -> LinearResponse:

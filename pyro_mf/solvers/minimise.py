@@ -10,7 +10,7 @@ import torch
 from scipy import optimize
 from torch import Tensor
 
-from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
+from pyro_mf.solvers.fixed_draw_elbo import Curvature, FixedDrawELBO
 
 ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -18,8 +18,8 @@ ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
 # finite one make it go back as well.
 _WALL = 1e3
 _MAX_ITERATIONS = 300
-# Renewals of the Hessian, and how far the optimum may be from where it was computed: in the metric
-# of the Hessian itself, so a few hundredths of a posterior sd.
+# Renewals of the Hessian, and how many scales of a factor the optimum may be from where it was
+# computed.
 _MAX_POLISHES, _SAME_POINT = 4, 0.03
 # Latents up to which the Hessian is computed as a matrix.
 MAX_DENSE = 400
@@ -151,7 +151,7 @@ def descend(elbo: FixedDrawELBO, x: Tensor) -> Tensor:
     )
 
 
-def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Curvature | None]:
     """Go to the optimum, with the Hessian as the metric, renewed where the point has moved.
 
     Args:
@@ -159,24 +159,23 @@ def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x: Where :func:`descend` has come to.
 
     Returns:
-        The optimum, and the Hessian there or so close by that it is the same; ``None`` where there
-        are too many latents for a matrix.
+        The optimum, and the curvature there or so close by that it is the same; ``None`` where
+        there are too many latents for a matrix.
     """
     if elbo.size > MAX_DENSE:
         metric = elbo.unit_metric(x)
         x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=1000, gradient_tolerance=1e-4)
         return x, None
-    hessian = elbo.hessian(x)
+    curvature = elbo.curvature(x)
     for _ in range(_MAX_POLISHES):
-        if not bool(torch.isfinite(hessian).all()):
+        if not bool(torch.isfinite(curvature.hessian).all()):
             break
-        metric = _inverse_root(hessian)
-        start = x
+        metric, start = _inverse_root(curvature.hessian), x
         x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=1e-5)
-        if torch.linalg.solve(metric, x - start).norm() < _SAME_POINT:
+        if ((x - start) / elbo.unit_metric(x)).abs().max() < _SAME_POINT:
             break
-        hessian = elbo.hessian(x)
-    return x, hessian
+        curvature = elbo.curvature(x)
+    return x, curvature
 
 
 def _inverse_root(hessian: Tensor) -> Tensor:

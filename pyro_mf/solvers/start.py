@@ -41,11 +41,12 @@ def find_starts(elbo: FixedDrawELBO, *, seed: int, disperse: bool = False) -> li
     blocks = elbo.blocks
     origin = _finite_point(blocks, seed, disperse=disperse)
     path = _path_to_mode(blocks, origin)
-    curvature = _curvature(blocks, path[-1], seed)
-    starts = [_with_scales(elbo, path[-1], curvature)]
-    if not _is_near_mode(blocks, path[-1], curvature):
+    final = curvature(blocks, path[-1], seed)
+    starts = [_with_scales(elbo, path[-1], final)]
+    if not _is_near_mode(blocks, path[-1], final):
         others = [path[i] for i in _spread(len(path))]
-        starts += [_with_scales(elbo, z, _curvature(blocks, z, seed)) for z in others]
+        others.append(_finite_point(blocks, seed, disperse=True))
+        starts += [_with_scales(elbo, z, curvature(blocks, z, seed)) for z in others]
     finite = [x for x in starts if math.isfinite(elbo.value_and_gradient(x)[0])]
     if not finite:
         raise ModelError(
@@ -91,12 +92,12 @@ def _spread(num: int) -> list[int]:
     return sorted({0, num // 8, num // 3} - {num - 1})
 
 
-def _is_near_mode(blocks: Blocks, z: Tensor, curvature: Tensor) -> bool:
+def _is_near_mode(blocks: Blocks, z: Tensor, precision: Tensor) -> bool:
     """Whether the density has a maximum less than about one nat above a point."""
-    if not bool((curvature > 0).all()):
+    if not bool((precision > 0).all()):
         return False
     gradient = blocks.value_and_grad(z[None])[1][0]
-    return float((gradient.square() / curvature).sum()) < 2.0
+    return float((gradient.square() / precision).sum()) < 2.0
 
 
 def _finite_point(blocks: Blocks, seed: int, *, disperse: bool) -> Tensor:
@@ -146,10 +147,10 @@ def _path_to_mode(blocks: Blocks, origin: Tensor) -> list[Tensor]:
     return path
 
 
-def _with_scales(elbo: FixedDrawELBO, z: Tensor, curvature: Tensor) -> Tensor:
+def _with_scales(elbo: FixedDrawELBO, z: Tensor, precision: Tensor) -> Tensor:
     """A location with the scales that its curvature suggests, small enough to be finite."""
-    known = curvature > 1e-12
-    scale = torch.where(known, curvature.clamp_min(1e-12).rsqrt(), _FLAT_SCALE)
+    known = precision > 1e-12
+    scale = torch.where(known, precision.clamp_min(1e-12).rsqrt(), _FLAT_SCALE)
     log_scale = scale.clamp(_MIN_SCALE, _FLAT_SCALE * 1e3).log()
     for _ in range(20):
         x = torch.cat([z, log_scale])
@@ -159,8 +160,14 @@ def _with_scales(elbo: FixedDrawELBO, z: Tensor, curvature: Tensor) -> Tensor:
     return x
 
 
-def _curvature(blocks: Blocks, z: Tensor, seed: int) -> Tensor:
-    """Diagonal of the negative Hessian at a point, estimated where there are many latents."""
+def curvature(blocks: Blocks, z: Tensor, seed: int) -> Tensor:
+    """Diagonal of the negative Hessian at a point, estimated where there are many latents.
+
+    Args:
+        blocks: The log joint.
+        z: The point, shape ``(D,)``.
+        seed: Seed of the probes that estimate it.
+    """
     size = len(z)
     if size <= _MAX_EXACT:
         directions = torch.eye(size, dtype=z.dtype)
