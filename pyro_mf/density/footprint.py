@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pyro_mf.density.dispatch import DispatchMode
 
 
 def allocated_bytes(run: Callable[[], Any]) -> int:
@@ -21,7 +22,7 @@ def allocated_bytes(run: Callable[[], Any]) -> int:
     return int(allocations.total)
 
 
-class _Allocations(TorchDispatchMode):
+class _Allocations(DispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0

@@ -80,8 +80,12 @@ class LogJoint:
         self._fixed_inputs: tuple[Tensor, ...] | None = None
         if not self.program.prototype.params:
             self._fixed_inputs = self._inputs().flat()
-        self._value = self.program.graph_function(self._build_value)
-        self._value_and_grad = self.program.graph_function(self._build_value_and_grad)
+        # Gradients by learnable parameters are sums over draws.
+        is_per_draw = not self.program.prototype.params
+        self._value, self._value_and_grad = (
+            self.program.graph_function(build, is_per_draw=is_per_draw)
+            for build in (self._build_value, self._build_value_and_grad)
+        )
 
     @property
     def layout(self) -> Layout:

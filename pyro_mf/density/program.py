@@ -37,7 +37,7 @@ _CAPTURED: tuple[Mode, ...] = ("vmap", "graph", "loop")
 Batch = Callable[[Tensor, Inputs], Tensor]
 
 # The eager model runs one draw after another; beyond this many the check takes a few of them.
-_MAX_CHECKED_DRAWS = 16
+_MAX_CHECKED_DRAWS, _FEW_DRAWS = 16, 2
 
 
 class Program:
@@ -128,15 +128,20 @@ class Program:
         first = second - len(self.prototype.params)
         return Inputs(flat[:first], flat[first:second], flat[second:])
 
-    def graph_function(self, build: Callable[[Batch], PureFunction]) -> GraphFunction:
+    def graph_function(
+        self, build: Callable[[Batch], PureFunction], *, is_per_draw: bool = False
+    ) -> GraphFunction:
         """A captured function that is built on the log joint of a batch of draws.
 
         Args:
             build: Takes ``batch(z, inputs)``, the log joint at each row of ``(S, D)``, and returns
                 a pure function of tensors, of which the first leads with the draws and the last
                 are the model's :class:`Inputs`, flat.
+            is_per_draw: Whether each output has one entry per draw that depends on that draw alone.
         """
-        return GraphFunction(lambda tensors: self._capture(build, tensors), self.backend)
+        return GraphFunction(
+            lambda tensors: self._capture(build, tensors, is_per_draw), self.backend
+        )
 
     def batch(self, mode: Mode) -> Batch:
         """The log joint at each row of ``(S, D)``, computed in one of the modes."""
@@ -163,23 +168,39 @@ class Program:
         return self._graphs[key]
 
     def _capture(
-        self, build: Callable[[Batch], PureFunction], tensors: tuple[Tensor, ...]
+        self,
+        build: Callable[[Batch], PureFunction],
+        tensors: tuple[Tensor, ...],
+        is_per_draw: bool,  # noqa: FBT001
     ) -> PureFunction:
         if not self.is_checked:
-            few = len(tensors[0]) <= _MAX_CHECKED_DRAWS
-            probe = tensors if few else (tensors[0][:2], *tensors[1:])
-            graph = self._choose_mode(build, probe)
-            if few:
-                return graph
+            if len(tensors[0]) <= _MAX_CHECKED_DRAWS:
+                return self._choose_mode(build, tensors)
+            if is_per_draw:
+                return self._choose_mode(build, tensors, num_checked=_FEW_DRAWS)
+            self._choose_mode(build, (tensors[0][:_FEW_DRAWS], *tensors[1:]))
         fn = build(self.batch(self.mode))
         return fn if self.mode == "eager" else capture_graph(fn, tensors)
 
     def _choose_mode(
-        self, build: Callable[[Batch], PureFunction], tensors: tuple[Tensor, ...]
+        self,
+        build: Callable[[Batch], PureFunction],
+        tensors: tuple[Tensor, ...],
+        num_checked: int | None = None,
     ) -> PureFunction:
-        """Find the fastest mode whose graph agrees with eager Pyro, and return that graph."""
+        """Find the fastest mode whose graph agrees with eager Pyro, and return that graph.
+
+        Args:
+            build: As in :meth:`graph_function`.
+            tensors: Where to capture.
+            num_checked: Draws at which to run eager Pyro, where outputs are per draw; else all.
+        """
         args, kwargs = self._arguments
-        eager = build(self.function.eager_batch)
+        run_eager = build(self.function.eager_batch)
+
+        def eager(draws: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            return run_eager(draws[:num_checked], *rest)
+
         truth = eager(*tensors)  # raises where the model itself does
         self.is_checked = True
         reasons: list[str] = []
@@ -192,7 +213,7 @@ class Program:
             for mode in _CAPTURED:
                 try:
                     graph = capture_graph(build(self.batch(mode)), tensors)
-                    reason = _disagreement(eager, graph, [tensors, *others])
+                    reason = _disagreement(eager, graph, [tensors, *others], num_checked)
                 except Exception as error:
                     reason = f"{self._place()}: {first_line(error)}"
                 if reason is None:
@@ -262,9 +283,15 @@ def _identity(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
 
 
 def _disagreement(
-    eager: PureFunction, graph: PureFunction, points: list[tuple[Tensor, ...]]
+    eager: PureFunction,
+    graph: PureFunction,
+    points: list[tuple[Tensor, ...]],
+    num_checked: int | None,
 ) -> str | None:
-    """``None`` where graph and eager function agree at all points, else what differs where."""
+    """``None`` where graph and eager function agree at all points, else what differs where.
+
+    Of the graph's outputs the first ``num_checked`` entries are compared, all if that is ``None``.
+    """
     for number, point in enumerate(points):
         try:
             truth = eager(*point)
@@ -273,7 +300,10 @@ def _disagreement(
                 raise
             continue  # values of our own making need not be valid for the model
         with torch.no_grad():
-            reason = difference(truth, graph(*point))
+            out = graph(*point)
+        if num_checked is not None:
+            out = tuple(x[:num_checked] for x in out)
+        reason = difference(truth, out)
         if reason is not None:
             where = ("", " at another point", " for other values of the arguments")[number]
             return f"captured and eager outputs differ by {reason}{where}"

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from pyro_mf.density.dispatch import DispatchMode
 
 _aten = torch.ops.aten
 _READS_VALUE = {_aten._local_scalar_dense.default, _aten.is_nonzero.default, _aten.equal.default}
@@ -90,7 +91,7 @@ def record(
     return Recording(recorder.graph, recorder.constants)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):
     def __init__(self, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()

@@ -152,8 +152,8 @@ def _smoothness_refusal(x: Tensor, curvature: Curvature) -> str:
         return ""
     return (
         f"the second derivatives at the draws are off by a factor of {worst:.2g} from the "
-        "curvature that the gradients show, so there is no linear response: the log density has kinks or "
-        "jumps, or the fixed draws are too few"
+        "curvature that the gradients show, so there is no linear response: the log density has "
+        "kinks or jumps, or the fixed draws are too few"
     )
 
 

@@ -43,12 +43,14 @@ class LinearResponse:
     @property
     def correlation(self) -> Tensor:
         """Correlations, shape ``(D, D)``."""
-        return self.covariance / torch.outer(self.sd, self.sd)
+        correlation: Tensor = self.covariance / torch.outer(self.sd, self.sd)
+        return correlation
 
     @cached_property
     def scale_tril(self) -> Tensor:
         """Lower Cholesky factor of the covariance, shape ``(D, D)``."""
-        return torch.linalg.cholesky(self.covariance)
+        factor: Tensor = torch.linalg.cholesky(self.covariance)
+        return factor
 
     def sample(self, num_draws: int, *, seed: int = 0) -> Tensor:
         """Draw flat unconstrained vectors, shape ``(num_draws, D)``."""
