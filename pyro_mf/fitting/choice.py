@@ -25,10 +25,12 @@ class Choice:
     Args:
         solver: Its name.
         reason: Why, for a sentence that begins with the solver's name.
+        needs_score: Whether the model has no gradient to follow.
     """
 
     solver: SolverName
     reason: str
+    needs_score: bool = False
 
 
 def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
@@ -55,6 +57,9 @@ def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
         names = ", ".join(map(repr, SOLVERS))
         raise ValueError(f"solver must be one of {names}; got {solver!r}.")
     obstacle = _outside_model(problem) or _inside_model(problem)
+    missing = None if obstacle else describe_missing_gradient(problem.log_joint)
+    if missing is not None:
+        obstacle = f"the log density is not differentiable: {missing}; score gradients, slow"
     _set_up_guide(problem)
     if obstacle is None and solver != "stochastic":
         reason = "reverse KL, Normal factors, full data, differentiable log density"
@@ -64,7 +69,7 @@ def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
             f"solver='deterministic' cannot serve: {obstacle}. Leave the choice to "
             "solver='auto', or ask for 'stochastic'."
         )
-    return Choice("stochastic", obstacle or "asked for")
+    return Choice("stochastic", obstacle or "asked for", missing is not None)
 
 
 def _inside_model(problem: Problem) -> str | None:
@@ -88,8 +93,7 @@ def _inside_model(problem: Problem) -> str | None:
             f"the model has no continuous latent site, only {list(prototype.discrete)}, which are "
             "summed out exactly. There is nothing to fit."
         )
-    missing = describe_missing_gradient(log_joint)
-    return None if missing is None else f"the log density is not differentiable: {missing}"
+    return None
 
 
 def _outside_model(problem: Problem) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,13 +25,11 @@ def full_rank_guide(problem: Problem, response: LinearResponse) -> Any:
         The guide, set up, with parameters under a name of its own in Pyro's store.
     """
     prototype = problem.log_joint.program.prototype
-    layout, model = prototype.layout, problem.model
+    layout = prototype.layout
     loc = response.loc.to(dtype=prototype.dtype, device=prototype.device)
-    if prototype.discrete:  # summed out, so none of the guide's
-        model = poutine.block(model, hide=list(prototype.discrete))
     # A start given by value draws nothing, so improper priors are fine.
     start = init_to_value(values=layout.constrain(loc))
-    guide: Any = AutoMultivariateNormal(model, init_loc_fn=start)
+    guide: Any = AutoMultivariateNormal(_plain(problem), init_loc_fn=start)
     _pyro.name_anew(guide, "LinearResponse")
     with poutine.block(), torch.random.fork_rng(), torch.no_grad():
         guide(*problem.model_args, **problem.model_kwargs)
@@ -47,3 +46,19 @@ def full_rank_guide(problem: Problem, response: LinearResponse) -> Any:
     guide.scale = factor.diagonal()
     guide.scale_tril = factor / factor.diagonal()[:, None]
     return guide
+
+
+def _plain(problem: Problem) -> Callable[..., Any]:
+    """The model as Pyro's autoguides take it: no discrete latents, no sequential plates."""
+    discrete = list(problem.log_joint.program.prototype.discrete)
+    model = poutine.block(problem.model, hide=discrete) if discrete else problem.model
+
+    def leave_sequential_plates(msg: Any) -> None:
+        frames = msg["cond_indep_stack"]
+        msg["cond_indep_stack"] = tuple(frame for frame in frames if frame.vectorized)
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with _pyro.substitute(leave_sequential_plates):
+            return model(*args, **kwargs)
+
+    return plain

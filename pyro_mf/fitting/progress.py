@@ -25,6 +25,7 @@ class ProgressBar:
     def __init__(self, *, shown: bool | None = None) -> None:
         self._label = "fit"
         self._shown = (sys.stderr.isatty() or _in_notebook()) if shown is None else shown
+        self._shown_label = ""
         self._bar: Any = None
 
     def __enter__(self) -> ProgressBar:
@@ -54,7 +55,11 @@ class ProgressBar:
         """Show the latest; a solver may call this as often as it likes."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._label}: {describe(progress)}", refresh=False)
+            is_new = self._label != self._shown_label
             self._bar.update()  # draws at most every tenth of a second
+            if is_new:
+                self._shown_label = self._label
+                self._bar.refresh()
 
 
 def describe(progress: Progress) -> str:

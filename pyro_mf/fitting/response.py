@@ -97,4 +97,4 @@ def _at_optimum(problem: Problem, seed: int) -> LinearResponse:
         raise LinearResponseError(f"linear response needs the full data: {error}") from error
     loc, scale = (p.detach().double().cpu() for p in guide.flat_params())
     elbo = FixedDrawELBO(blocks, fixed_draws(_HESSIAN_DRAWS, len(loc), seed=seed))
-    return linear_response(loc, elbo.hessian(torch.cat([loc, scale.log()])))
+    return linear_response(loc, elbo.curvature(torch.cat([loc, scale.log()])).hessian)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.fitting.choice import Choice
 from pyro_mf.fitting.problem import Problem
+from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.deterministic import solve_deterministic
 from pyro_mf.solvers.outcome import Outcome, Report
@@ -78,10 +79,10 @@ def solve(
             guide.set_flat_params(_random_start(guide, seed))
         outcome = solve_stochastic(
             problem.model,
-            guide,
+            without_pathwise(guide) if choice.needs_score else guide,
             args,
             kwargs,
-            objective=problem.objective,
+            objective=score_objective() if choice.needs_score else problem.objective,
             seed=seed,
             report=report,
             state=state,
