@@ -1,7 +1,7 @@
-"""What is asked of every approximation, whoever made it: its ELBO, and its error against a reference.
+"""What is asked of every approximation, whoever made it: its ELBO, its error against a reference.
 
-An approximation is a Gaussian on our unconstrained axis: a mean of shape ``(D,)`` and a scale, which
-is a vector of sds ``(D,)`` or a lower triangular matrix ``(D, D)``.
+An approximation is a Gaussian on our unconstrained axis: a mean of shape ``(D,)`` and a scale,
+which is a vector of sds ``(D,)`` or a lower triangular matrix ``(D, D)``.
 """
 
 from __future__ import annotations
