@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError
+from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
+
+_MAX_CG = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +95,46 @@ def linear_response(loc: Tensor, hessian: Tensor) -> LinearResponse:
     inverse = torch.linalg.inv(round_hessian) / (root[:, None] * root)
     covariance = inverse[:size, :size]
     return LinearResponse(loc, (covariance + covariance.T) / 2)
+
+
+def response_of(elbo: FixedDrawELBO, x: Tensor, elements: Tensor) -> LinearResponse:
+    """Linear response of chosen latents, without the Hessian as a matrix.
+
+    Every latent takes one solution of a linear system by conjugate gradients, with the Hessian that
+    independent latents would have as the preconditioner; each of its iterations takes three
+    gradients.
+
+    Args:
+        elbo: The objective.
+        x: Location and log scale at its optimum, shape ``(2 D,)``.
+        elements: Positions k of the latents in the flat vector, shape ``(k,)``.
+
+    Returns:
+        The response of these latents alone.
+
+    Raises:
+        LinearResponseError: If a system has no solution: the Hessian is not positive definite.
+    """
+    size = elbo.size
+    metric = elbo.unit_metric(x)
+
+    def product(y: Any) -> Any:
+        vector = metric * torch.as_tensor(y, dtype=x.dtype)
+        return (metric * elbo.hessian_vector(x, vector)).numpy()
+
+    operator = LinearOperator((2 * size, 2 * size), matvec=product, dtype=float)
+    columns = []
+    for element in elements.tolist():
+        right = torch.zeros_like(x)
+        right[element] = metric[element]
+        solution, failed = cg(operator, right.numpy(), rtol=1e-6, maxiter=_MAX_CG)
+        column = metric * torch.as_tensor(solution, dtype=x.dtype)
+        if failed or not float(column[element]) > 0.0:
+            raise LinearResponseError(
+                f"conjugate gradients found no linear response for latent {element} of the flat "
+                f"vector in {_MAX_CG} iterations: the Hessian of the ELBO is not positive definite "
+                "or nearly singular there."
+            )
+        columns.append(column[elements])
+    covariance = torch.stack(columns)
+    return LinearResponse(x[elements], (covariance + covariance.T) / 2)

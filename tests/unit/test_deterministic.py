@@ -1,0 +1,308 @@
+"""The deterministic solver where it is easy to go wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+
+from pyro_mf import ModelError
+from pyro_mf.density import LogJoint
+from pyro_mf.guides import AutoMeanField
+from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.solvers.deterministic import solve_deterministic
+from pyro_mf.solvers.draws import fixed_draws
+
+
+def solve(model, *args, **options):
+    guide = AutoMeanField(model).setup(*args)
+    outcome = solve_deterministic(LogJoint(model, args), guide, **options)
+    loc, scale = (p.detach() for p in guide.flat_params())
+    return outcome, loc, scale
+
+
+def regression(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 10.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=y)
+
+
+def improper_regression(x, y):
+    real = constraints.independent(constraints.real, 1)
+    weight = pyro.sample("weight", dist.ImproperUniform(real, (), (x.shape[1],)))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=y)
+
+
+def funnel():
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    with pyro.plate("p", 9):
+        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+# -- draws and blocks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num", "size"), [(4, 1), (8, 3), (32, 100), (64, 5)])
+def test_fixed_draws_have_the_moments_they_promise(num, size) -> None:
+    draws = fixed_draws(num, size, seed=4)
+    assert draws.shape == (num, size)
+    assert torch.equal(draws[: num // 2], -draws[num // 2 :])
+    torch.testing.assert_close(draws.square().mean(0), torch.ones(size))
+    assert torch.equal(draws, fixed_draws(num, size, seed=4))
+    assert not torch.equal(draws, fixed_draws(num, size, seed=5))
+
+
+def test_fixed_draws_are_nearly_orthogonal() -> None:
+    draws = fixed_draws(20, 10, seed=0)[:10]
+    cosines = draws @ draws.T / torch.outer(draws.norm(dim=1), draws.norm(dim=1))
+    independent = torch.randn(10, 10)
+    control = independent @ independent.T
+    control = control / torch.outer(independent.norm(dim=1), independent.norm(dim=1))
+    off = ~torch.eye(10, dtype=torch.bool)
+    assert float(cosines[off].abs().mean()) < 0.5 * float(control[off].abs().mean())
+
+
+@pytest.mark.parametrize("num", [0, 3, -2])
+def test_number_of_draws_is_even(num) -> None:
+    with pytest.raises(ValueError, match="even and at least 2"):
+        fixed_draws(num, 3)
+
+
+def test_blocks_do_not_depend_on_their_size() -> None:
+    log_joint = LogJoint(funnel)
+    blocks, z = Blocks(log_joint), torch.randn(70, 10)
+    value, gradient = blocks.value_and_grad(z)
+    torch.testing.assert_close(value, log_joint(z))
+    blocks.num_rows = 7
+    again, gradient_again = blocks.value_and_grad(z)
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(gradient_again, gradient)
+
+
+def test_rows_of_a_block_shrink_with_the_data() -> None:
+    x = torch.randn(400_000, 2)
+    small, large = (
+        Blocks(LogJoint(regression, (x[:n], (x[:n, 0] > 0).to(x)))) for n in (1_000, 400_000)
+    )
+    assert small.num_rows == 32
+    assert large.num_rows * large.log_joint.bytes_per_draw < 2 * 128 * 2**20
+    assert large.num_rows < 32
+
+
+def test_a_draw_without_a_density_costs_nobody_else() -> None:
+    """A Cholesky factor that fails, or an operation that raises, at one row."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        matrix = torch.stack(
+            [torch.stack([z + 0.5, z * 0.0]), torch.stack([z * 0.0, z * 0.0 + 1.0])]
+        )
+        pyro.factor("f", torch.linalg.cholesky(matrix).sum())
+
+    for backend in ("graph", "eager"):
+        blocks = Blocks(LogJoint(model, backend=backend))
+        value, gradient = blocks.value_and_grad(torch.tensor([[1.0], [-1.0], [4.0]]))
+        assert value[1] == -math.inf
+        assert gradient[1] == 0.0
+        expected = torch.tensor([1.0 + 1.5**0.5, 1.0 + 4.5**0.5]) + dist.Normal(0.0, 1.0).log_prob(
+            torch.tensor([1.0, 4.0])
+        )
+        torch.testing.assert_close(value[[0, 2]], expected)
+
+
+# -- posteriors that are hard to start on --------------------------------------------------------
+
+
+def test_location_far_from_zero() -> None:
+    y = 1000.0 + 5.0 * torch.randn(50)
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 10_000.0))
+        scale = pyro.sample("scale", dist.HalfCauchy(100.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, scale), obs=y)
+
+    outcome, loc, scale = solve(model, y)
+    assert outcome.converged
+    assert abs(float(loc[0] - y.mean())) < 0.1 * float(scale[0])  # the solver's tolerance
+
+
+def test_predictors_of_unlike_scales() -> None:
+    """The optimum moves with the units of the predictors and not otherwise."""
+    units = torch.tensor([1e-3, 1.0, 1e4])
+    x = torch.randn(300, 3)
+    y = (torch.rand(300) < torch.sigmoid(x[:, 0] - x[:, 1])).to(x)
+
+    def model(x, y, units):
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(3), 10.0 / units).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ weight), obs=y)
+
+    plain, loc, scale = solve(model, x, y, torch.ones(3))
+    scaled, scaled_loc, scaled_scale = solve(model, x * units, y, units)
+    assert plain.converged
+    assert scaled.converged
+    assert float(((scaled_loc * units - loc) / scale).abs().max()) < 1e-3
+    torch.testing.assert_close(scaled_scale * units, scale, rtol=1e-3, atol=0.0)
+
+
+def test_funnel() -> None:
+    """Linear response finds the neck's own sd, 3, which the mean field shrinks to a half."""
+    outcome, loc, scale = solve(funnel)
+    assert outcome.converged
+    assert abs(float(loc[0])) < 0.1
+    assert float(scale[0]) < 0.6
+    assert float(outcome.response.sd[0]) == pytest.approx(3.0, rel=1e-3)
+
+
+def test_a_symmetric_start_between_two_modes_is_left() -> None:
+    """The gradient at the origin is zero; staying there costs 0.87 nats."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 10.0))
+        pyro.factor("modes", torch.logaddexp(-2 * (x - 2.0) ** 2, -2 * (x + 2.0) ** 2))
+
+    outcome, loc, scale = solve(model)
+    assert outcome.converged
+    assert abs(float(loc.abs() - 2.0)) < 0.05
+    assert abs(float(scale) - 0.5) < 0.01
+
+
+def test_discrete_latents_are_summed_out() -> None:
+    y = torch.cat([torch.randn(40) - 3.0, torch.randn(60) + 3.0])
+
+    def model(y):
+        weight = pyro.sample("weight", dist.Beta(1.0, 1.0))
+        with pyro.plate("component", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(weight), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(loc[z.long()], 1.0), obs=y)
+
+    outcome, loc, _ = solve(model, y)
+    assert outcome.converged
+    assert abs(abs(float(loc[1] - loc[2])) - 6.0) < 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_precision_of_the_data_is_kept(dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        x = torch.randn(200, 3)
+        y = (torch.rand(200) < torch.sigmoid(x[:, 0])).to(x)
+        outcome, loc, scale = solve(regression, x, y)
+    finally:
+        torch.set_default_dtype(before)
+    assert outcome.converged, outcome.message
+    assert loc.dtype == scale.dtype == dtype
+    assert float(outcome.response.sd[0]) == pytest.approx(float(scale[0]), rel=0.2)
+
+
+# -- posteriors that cannot be fitted, and say so --------------------------------------------------
+
+
+def test_separable_classes_run_away() -> None:
+    x = torch.randn(50, 2)
+    outcome, loc, _ = solve(improper_regression, x, (x[:, 0] > 0).to(x))
+    assert outcome.stop_reason == "diverged"
+    assert "weight" in outcome.message
+    assert "proper prior" in outcome.message
+    assert bool(torch.isfinite(loc).all())
+    proper, _, _ = solve(regression, x, (x[:, 0] > 0).to(x))
+    assert proper.converged
+
+
+def test_flat_latent_is_refused() -> None:
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.ImproperUniform(constraints.real, (), ()))
+
+    with pytest.raises(ModelError, match=r"'b'.*improper"):
+        solve(model)
+
+
+def test_impossible_data_are_refused() -> None:
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("never", torch.where(z > 1e9, 0.0, -torch.inf))
+
+    with pytest.raises(ModelError, match="no point with a finite log density"):
+        solve(model)
+
+
+def test_hard_wall_inside_a_support_is_named() -> None:
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 5.0))
+        pyro.factor("wall", torch.where(z < 1.0, 0.0, -torch.inf))
+
+    outcome, loc, scale = solve(model)
+    assert outcome.stop_reason == "budget"
+    assert "hard walls" in outcome.message
+    assert bool(torch.isfinite(loc).all() & torch.isfinite(scale).all())
+
+
+def test_jumps_are_no_gradient() -> None:
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        pyro.sample("y", dist.Normal((3.0 * z).round() / 3.0, 1.0), obs=torch.tensor(4.0))
+
+    with pytest.raises(ModelError, match="is not its derivative"):
+        solve(model)
+
+
+def test_kinks_have_no_linear_response() -> None:
+    """All the curvature of an absolute value is in one point, which no draw hits."""
+
+    def model():
+        z = pyro.sample("z", dist.Laplace(1.0, 2.0))
+        pyro.sample("y", dist.Laplace(z.abs(), 1.0), obs=torch.tensor(3.0))
+
+    outcome, _, _ = solve(model)
+    assert outcome.response is None
+    assert "kinks" in outcome.refusal
+
+
+# -- ends before the end -----------------------------------------------------------------------
+
+
+def test_interrupt_keeps_the_best_point() -> None:
+    x = torch.randn(200, 3)
+    y = (torch.rand(200) < torch.sigmoid(x[:, 0])).to(x)
+    whole, _, _ = solve(regression, x, y)
+
+    def stop(progress):
+        if progress.gradients == whole.num_gradients - 2:
+            raise KeyboardInterrupt
+
+    outcome, loc, scale = solve(regression, x, y, report=stop)
+    assert outcome.stop_reason == "interrupted"
+    assert outcome.elbo == pytest.approx(whole.elbo, abs=0.5)
+    assert bool((scale > 0).all())
+    assert bool(torch.isfinite(loc).all())
+
+
+def test_budget_is_kept() -> None:
+    outcome, loc, _ = solve(funnel, max_gradients=7)
+    assert outcome.stop_reason == "budget"
+    assert outcome.num_gradients == 7
+    assert len(outcome.losses) <= 7
+    assert math.isfinite(outcome.elbo)
+    assert bool(torch.isfinite(loc).all())
+
+
+def test_same_seed_same_bits() -> None:
+    state = torch.get_rng_state()
+    first, loc, scale = solve(funnel, seed=5)
+    second, loc_again, scale_again = solve(funnel, seed=5)
+    assert torch.equal(loc, loc_again)
+    assert torch.equal(scale, scale_again)
+    assert first.losses == second.losses
+    assert torch.equal(state, torch.get_rng_state())
+    _, other, _ = solve(funnel, seed=6)
+    assert not torch.equal(loc, other)
