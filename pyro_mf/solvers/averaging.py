@@ -81,14 +81,12 @@ class Accuracy:
     """How well the parameters are known, in their units; largest over parameters.
 
     Args:
-        error: Monte Carlo standard error of the mean of the last two averages.
-        change: What halving the learning rate changed beyond noise.
-        error_here: Monte Carlo standard error of the last average.
+        error: Monte Carlo standard error of the last average.
+        change: What halving the learning rate changed beyond noise; NaN where nothing was halved.
     """
 
     error: float
     change: float
-    error_here: float
 
     def verdict(self, tolerance: float) -> Verdict:
         """What to do next.
@@ -97,13 +95,12 @@ class Accuracy:
             tolerance: Error of a parameter that is let pass, in its units, taken as three standard
                 errors, or twice the change.
         """
+        if math.isnan(self.change):
+            # To see the bias it does not take the full precision.
+            return "finer" if self.error <= tolerance / 2 else "longer"
         if self.change > tolerance / 2:
             return "finer"
-        if self.error <= tolerance / 3:
-            return "done"
-        if self.error_here <= tolerance / 3 * math.sqrt(2.0):
-            return "finer"
-        return "longer"
+        return "done" if self.error <= tolerance / 3 else "longer"
 
 
 def compare(previous: Average | None, current: Average, units: Tensor) -> Accuracy:
@@ -114,9 +111,36 @@ def compare(previous: Average | None, current: Average, units: Tensor) -> Accura
         current: At the present learning rate.
         units: The parameters' units, shape ``(P,)``.
     """
-    error_here = float((current.error / units).max())
+    error = float((current.error / units).max())
     if previous is None:
-        return Accuracy(math.inf, 0.0, error_here)
-    noise = (previous.error.square() + current.error.square()).sqrt() / units
-    change = (current.mean - previous.mean).abs() / units
-    return Accuracy(float(noise.max()) / 2, float((change - _Z * noise).max()), error_here)
+        return Accuracy(error, math.nan)
+    change = (current.mean - previous.mean).abs() - _Z * _noise(previous, current)
+    return Accuracy(error, max(float((change / units).max()), 0.0))
+
+
+def extrapolate(previous: Average, current: Average) -> Tensor:
+    """The average at a learning rate of zero, as far as its bias can be told from noise.
+
+    The bias is proportional to the learning rate, so halving the rate once more would change the
+    average by half as much again, and so on: in sum by what the last halving changed.
+
+    Args:
+        previous: At twice the learning rate.
+        current: At the present learning rate.
+
+    Returns:
+        Shape ``(P,)``.
+
+    References:
+        Dieuleveut, Durmus and Bach (2020), Bridging the Gap between Constant Step Size Stochastic
+        Gradient Descent and Markov Chains, https://arxiv.org/abs/1707.06386
+    """
+    change = current.mean - previous.mean
+    doubt = _Z * _noise(previous, current) / change
+    return torch.where(
+        doubt.abs() < 1.0, current.mean + change * (1.0 - doubt.square()), current.mean
+    )
+
+
+def _noise(previous: Average, current: Average) -> Tensor:
+    return (previous.error.square() + current.error.square()).sqrt()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf.solvers import random_state
-from pyro_mf.solvers.averaging import Accuracy, Average, compare, stationary_average
+from pyro_mf.solvers.averaging import Accuracy, Average, compare, extrapolate, stationary_average
 from pyro_mf.solvers.leaves import Leaves
 from pyro_mf.solvers.noisy_loss import NoisyLoss
 from pyro_mf.solvers.outcome import Progress
@@ -44,6 +44,7 @@ class Descent:
         losses: Loss at each step.
         notes: What went wrong on the way.
         num_gradients: Gradients so far.
+        num_skipped: Steps at which the loss was not finite.
         is_done: Whether the parameters are known as well as asked for.
 
     Raises:
@@ -60,7 +61,7 @@ class Descent:
         self._loss, self._leaves, self._tolerance = loss, leaves, tolerance
         self.losses: list[float] = []
         self.notes: list[str] = []
-        self.num_gradients = 0
+        self.num_gradients = self.num_skipped = 0
         self.is_done = False
         self._level = 0  # of the learning rate; 0 is the search
         self._rate = _SEARCH_RATE
@@ -95,6 +96,7 @@ class Descent:
         estimate = self._loss.gradient(self._leaves)
         if estimate is None:
             self._skips += 1
+            self.num_skipped += 1
             if self._skips > _MAX_SKIPS:
                 self._go_back(f"the loss was not finite at {self._skips} steps in a row")
             return False
@@ -152,15 +154,13 @@ class Descent:
             return
         self._accuracy = compare(self._previous, average, self._units.values)
         verdict = self._accuracy.verdict(self._tolerance)
-        if verdict == "longer":
-            return
-        if verdict == "done" and self._previous is not None:
-            self.is_done = True
-            self._best_x = (self._previous.mean + average.mean) / 2
-        else:
-            self._best_x = average.mean
-        self._previous = average
-        self._next_level()
+        self._best_x = average.mean
+        if self._previous is not None:
+            self._best_x = extrapolate(self._previous, average)
+        self.is_done = verdict == "done"
+        if verdict != "longer":
+            self._previous = average
+            self._next_level()
 
     def _check_losses(self) -> bool:
         """Remember where the loss was lowest; go back there where it has become much higher."""
@@ -180,9 +180,11 @@ class Descent:
         way = (self._x - self._origin).abs() / self._origin.abs().clamp(min=1.0)
         farthest = int(way.argmax())
         if float(way[farthest]) > _RUNAWAY:
+            reached = float(self._x[farthest])
+            self._go_to(self._safe_x)
             raise Divergence(
                 f"the loss falls without bound: '{self._leaves.describe(farthest)}' has reached "
-                f"{float(self._x[farthest]):.3g} after {len(self.losses)} steps. The posterior is "
+                f"{reached:.3g} after {len(self.losses)} steps. The posterior is "
                 "probably improper: look for a latent on which the density does not depend, and "
                 "give it a proper prior."
             )
@@ -207,12 +209,11 @@ class Descent:
 
     def best(self) -> Tensor:
         """The best parameters, shape ``(P,)``: an average as soon as there is one."""
-        if self.is_done:
+        if not self._is_searching:
             return self._best_x
         blocks = self._window.blocks
-        is_drifting = self._is_searching and float(self._steps.boost.max()) > 1.0
-        if is_drifting or len(blocks) < _CHECK_BLOCKS:
-            return self._x if self._is_searching else self._best_x
+        if len(blocks) < _CHECK_BLOCKS or float(self._steps.boost.max()) > 1.0:
+            return self._x
         return blocks[len(blocks) // 2 :].mean(0)
 
     def progress(self) -> Progress:
@@ -229,21 +230,21 @@ class Descent:
         if self._accuracy is None:
             return f"the iterates at learning rate {self._rate:.2g} had not yet stopped drifting"
         error, change = self._accuracy.error, self._accuracy.change
-        if math.isinf(error):
-            return (
-                f"the first average, at learning rate {self._rate:.2g}, is known to "
-                f"{self._accuracy.error_here:.2g} sds of the guide; its bias is not known"
-            )
+        end = (
+            "what halving the learning rate changes is not known yet"
+            if math.isnan(change)
+            else f"halving the learning rate changed them by {change:.2g} beyond noise"
+        )
         return (
-            f"the averaged parameters are known to {error:.2g} sds of the guide (largest Monte "
-            f"Carlo error), and halving the learning rate changed them by {max(change, 0.0):.2g} "
-            "beyond that"
+            f"the averaged parameters have a Monte Carlo error of at most {error:.2g} sds of the "
+            f"guide, and {end}"
         )
 
     # -- saving ------------------------------------------------------------------------------------
 
     _NUMBERS = (
         "num_gradients",
+        "num_skipped",
         "_level",
         "_rate",
         "_skips",

@@ -14,7 +14,7 @@ from pyro_mf._errors import GuideMismatchError, ModelError, NonFiniteError
 from pyro_mf.solvers.leaves import Leaves
 
 # What bad parameters raise: our objectives, a factorisation, Pyro's validation of a distribution.
-_FAILURES = (FloatingPointError, torch.linalg.LinAlgError, ValueError)  # type: ignore[attr-defined]
+FAILURES = (FloatingPointError, torch.linalg.LinAlgError, ValueError)  # type: ignore[attr-defined]
 _TRIES_AT_START = 10
 
 
@@ -79,7 +79,7 @@ class NoisyLoss:
             value = self._loss_and_grads()
         except (ModelError, GuideMismatchError):
             raise
-        except _FAILURES:
+        except FAILURES:
             leaves.clear_gradient()
             return None
         gradient = leaves.take_gradient()
@@ -93,7 +93,7 @@ class NoisyLoss:
                 value = float(
                     self.objective.loss(self.model, self.guide, *self.args, **self.kwargs)
                 )
-        except _FAILURES:
+        except FAILURES:
             return None
         return value if math.isfinite(value) else None
 

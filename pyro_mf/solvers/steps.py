@@ -20,8 +20,6 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ class Steps:
         self._momentum = torch.zeros_like(like)
         self._size = torch.zeros_like(like)
         self._square = torch.zeros_like(like)
-        self._count = 0
+        self._count = torch.zeros_like(like)
 
     @property
     def gradient_sd(self) -> Tensor:
@@ -60,28 +58,29 @@ class Steps:
     def direction(self, gradient: Tensor, *, searching: bool) -> Tensor:
         """What to subtract, in units of the parameters, at a learning rate of one.
 
+        A gradient of exactly zero is taken for none: the parameter was not in the minibatch, and
+        nothing about it changes.
+
         Args:
             gradient: Shape ``(P,)``.
             searching: Whether steps may grow.
         """
-        self._count += 1
-        count, tiny = self._count, torch.finfo(gradient.dtype).tiny
-        if count == 1:
-            self._square = gradient.square()
-            return torch.zeros_like(gradient)
-        normalised = (gradient / (self._square.sqrt() + tiny)).clamp_(
-            -_LARGEST_GRADIENT, _LARGEST_GRADIENT
-        )
+        touched = (gradient != 0).to(gradient)
+        self._count += touched
+        # The first gradient has none before it to be measured by.
+        normalised = gradient * torch.where(self._square > 0, self._square.rsqrt(), 0.0)
+        normalised.clamp_(-_LARGEST_GRADIENT, _LARGEST_GRADIENT)
         if searching:
             self._brake(normalised)
-        self._momentum.lerp_(normalised, 1.0 - _MOMENTUM)
+        weight = (1.0 - _MOMENTUM) * touched
+        self._momentum.lerp_(normalised, weight)
         memory = _MEMORY_SEARCHING if searching else _MEMORY_SETTLED
-        self._square.lerp_(gradient.square(), 1.0 / min(count, memory))
+        self._square.lerp_(gradient.square(), touched / self._count.clamp(1.0, memory))
         if not searching:
-            return self._momentum / (1.0 - _MOMENTUM ** (count - 1))
-        self._size.lerp_(normalised.abs(), 1.0 - _MOMENTUM)
-        self._adapt_boost()
-        return self._momentum * self.boost / (1.0 - _MOMENTUM ** (count - 1))
+            return self._momentum * touched
+        self._size.lerp_(normalised.abs(), weight)
+        self._adapt_boost(touched)
+        return self._momentum * self.boost * touched
 
     def _brake(self, normalised: Tensor) -> None:
         """Stop what has run past its optimum: long steps whose gradient has changed sign."""
@@ -89,29 +88,27 @@ class Steps:
         self._momentum.masked_fill_(is_past, 0.0)
         self.boost.mul_(torch.where(is_past, _BRAKE, 1.0).to(self.boost)).clamp_(min=1.0)
 
-    def _adapt_boost(self) -> None:
+    def _adapt_boost(self, touched: Tensor) -> None:
         coherence = self._momentum.abs() / (self._size + torch.finfo(self._size.dtype).tiny)
-        factor = torch.where(coherence > _COHERENT, _GROWTH, 1.0)
-        factor = torch.where(coherence < _INCOHERENT, _SHRINKAGE, factor).to(self.boost)
-        self.boost.mul_(factor).clamp_(min=1.0)
+        factor = torch.where(coherence > _COHERENT, _GROWTH, 1.0).to(self.boost)
+        factor.masked_fill_(coherence < _INCOHERENT, _SHRINKAGE)
+        self.boost.mul_(torch.where(touched > 0, factor, 1.0)).clamp_(min=1.0)
 
     def settle(self) -> None:
         """End the search: no more long steps, and start the long memory."""
         self.boost.fill_(1.0)
-        self._count = min(self._count, 2 * _MEMORY_SEARCHING)
+        self._count.clamp_(max=2.0 * _MEMORY_SEARCHING)
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and numbers from which :meth:`from_state` makes an equal object."""
-        tensors = {key: value.clone() for key, value in self._tensors().items()}
-        return {**tensors, "count": self._count}
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which :meth:`from_state` makes an equal object."""
+        return {key: value.clone() for key, value in self._tensors().items()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Steps:
+    def from_state(cls, state: dict[str, Tensor]) -> Steps:
         """The steps that :meth:`state` described."""
         steps = cls(state["boost"])
         for key, value in steps._tensors().items():
             value.copy_(state[key])
-        steps._count = state["count"]
         return steps
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -120,4 +117,5 @@ class Steps:
             "momentum": self._momentum,
             "size": self._size,
             "square": self._square,
+            "count": self._count,
         }

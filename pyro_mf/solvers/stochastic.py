@@ -120,7 +120,7 @@ def solve_stochastic(
             "optimise": optimised - captured,
             "evaluate": time.perf_counter() - optimised,
         },
-        notes=tuple(descent.notes),
+        notes=tuple(_notes(descent)),
         state=kept,
     )
 
@@ -145,6 +145,17 @@ def _run(descent: Descent, max_steps: int, report: Report) -> tuple[StopReason, 
             "interrupted",
             f"interrupted after {len(descent.losses)} steps; {descent.describe()}.",
         )
+
+
+def _notes(descent: Descent) -> list[str]:
+    if not descent.num_skipped:
+        return descent.notes
+    total = len(descent.losses) + descent.num_skipped
+    return [
+        *descent.notes,
+        f"{descent.num_skipped} of {total} steps were skipped because the loss was not finite at "
+        "their draws; the optimum is that of the others",
+    ]
 
 
 def _evaluate(loss: NoisyLoss) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from pyro_mf import _pyro
 from pyro_mf.guides.protocol import FactorisedGuide, is_factorised
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.leaves import Leaves
-from pyro_mf.solvers.noisy_loss import NoisyLoss
+from pyro_mf.solvers.noisy_loss import FAILURES, NoisyLoss
 
 _MAX_NUMBERS = 2**20  # that scores of a factorised guide are kept in
 _MAX_DRAWS = 256
@@ -124,9 +124,12 @@ class Units:
             weight: Share of this measurement against earlier ones.
             curvature: Whether to look at the loss too, which costs gradients.
         """
-        new = guide_information(
-            self._loss.guide, self._leaves, self._loss.args, self._loss.kwargs, num_draws
-        )
+        try:
+            new = guide_information(
+                self._loss.guide, self._leaves, self._loss.args, self._loss.kwargs, num_draws
+            )
+        except FAILURES:  # the guide cannot run here; so the next step will say
+            return
         self._information = _mixed(self._information, new, weight)
         information = self._filled(self._information)
         is_density = information > 0
