@@ -15,7 +15,7 @@ from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import Certificate, certify
 from pyro_mf.solvers.draws import fixed_draws
-from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO
+from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO, estimate_from
 from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
@@ -121,14 +121,15 @@ class _Run:
         while True:
             x, curvature = polish(elbo, x)
             self.x, self.fresh = x, self.fresh_elbo.estimate(x)
-            self.certificate = certify(elbo, x, curvature, self.fresh)
+            certificate = certify(elbo, x, curvature, self.fresh)
             if curvature is not None:
-                self._settle(x, curvature)
+                certificate = self._settle(x, certificate, curvature)
+            self.certificate = certificate
             self.meter.elbo_se = self.fresh.se
-            complaints = self.certificate.complaints(self.tolerance)
+            complaints = certificate.complaints(self.tolerance)
             if not complaints:
-                return "converged", self._describe_optimum(elbo.num_draws, self.certificate)
-            runaway = self._runaway(x) if math.isinf(self.certificate.decrement) else []
+                return "converged", self._describe_optimum(elbo.num_draws, certificate)
+            runaway = self._runaway(x) if math.isinf(certificate.decrement) else []
             if runaway:
                 return "diverged", _describe_runaway(runaway)
             if elbo.num_draws >= _MAX_DRAWS:
@@ -136,14 +137,16 @@ class _Run:
             elbo = self._objective(2 * elbo.num_draws)
             x = descend(elbo, x)
 
-    def _settle(self, x: Tensor, curvature: Curvature) -> None:
-        """Take the scales of the expected curvature where they have the better ELBO."""
-        settled, error = settle_scales(x, curvature)
-        estimate = self.fresh_elbo.estimate(settled)
-        if estimate.elbo > self.fresh.elbo and self.certificate is not None:
-            self.x, self.fresh = settled, estimate
-            noise = torch.cat([self.certificate.noise[: len(error)], error])
-            self.certificate = replace(self.certificate, noise=noise)
+    def _settle(self, x: Tensor, certificate: Certificate, curvature: Curvature) -> Certificate:
+        """Take the scales of the expected curvature, unless fresh draws speak against them."""
+        loc_noise, scale_noise = certificate.noise.chunk(2)
+        settled, scale_noise = settle_scales(x, scale_noise, curvature)
+        pairs = self.fresh_elbo.pair_elbos(settled)
+        gain = estimate_from(pairs - self.fresh_elbo.pair_elbos(x))
+        if not gain.elbo > -2.0 * gain.se:
+            return certificate
+        self.x, self.fresh = settled, estimate_from(pairs)
+        return replace(certificate, noise=torch.cat([loc_noise, scale_noise]))
 
     def _objective(self, num_draws: int) -> MeteredELBO:
         draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed)

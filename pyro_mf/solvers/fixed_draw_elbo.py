@@ -28,6 +28,11 @@ class Estimate(NamedTuple):
     se: float
 
 
+def estimate_from(pairs: Tensor) -> Estimate:
+    """Mean and standard error of independent ELBOs."""
+    return Estimate(float(pairs.mean()), float(pairs.std()) / len(pairs) ** 0.5)
+
+
 class Curvature(NamedTuple):
     """Second derivatives at a point.
 
@@ -81,12 +86,21 @@ class FixedDrawELBO:
             return math.inf, torch.zeros_like(x)
         return value, self._chain(x, gradients).mean(0)
 
-    def estimate(self, x: Tensor) -> Estimate:
-        """ELBO and the standard error that the antithetic pairs give it."""
+    def thinned(self, num_draws: int) -> FixedDrawELBO:
+        """The ELBO over the first so many of the draws and their negatives."""
+        first, second = self.draws.chunk(2)
+        half = num_draws // 2
+        return FixedDrawELBO(self.blocks, torch.cat([first[:half], second[:half]]))
+
+    def pair_elbos(self, x: Tensor) -> Tensor:
+        """ELBO over each antithetic pair of draws, shape ``(S / 2,)``."""
         values, _ = self._at_draws(x)
         pairs = (values[: self.num_draws // 2] + values[self.num_draws // 2 :]) / 2
-        entropy = float(x[self.size :].sum()) + self.size * _HALF_LOG_2PI_E
-        return Estimate(float(values.mean()) + entropy, float(pairs.std()) / len(pairs) ** 0.5)
+        return pairs + x[self.size :].sum() + self.size * _HALF_LOG_2PI_E
+
+    def estimate(self, x: Tensor) -> Estimate:
+        """ELBO and the standard error that the antithetic pairs give it."""
+        return estimate_from(self.pair_elbos(x))
 
     def pair_gradients(self, x: Tensor) -> Tensor:
         """Gradient contributed by each antithetic pair, shape ``(S / 2, 2 D)``."""

@@ -21,8 +21,9 @@ _MAX_ITERATIONS = 300
 # Renewals of the Hessian, and how many scales of a factor the optimum may be from where it was
 # computed.
 _MAX_POLISHES, _SAME_POINT = 4, 0.03
-# Latents up to which the Hessian is computed as a matrix.
-MAX_DENSE = 400
+# Latents up to which the Hessian is computed as a matrix, and over how many draws at most: it only
+# has to be known to a few percent.
+MAX_DENSE, _MAX_HESSIAN_DRAWS = 400, 128
 
 
 def lbfgs(
@@ -166,7 +167,8 @@ def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Curvature | None]:
         metric = elbo.unit_metric(x)
         x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=1000, gradient_tolerance=1e-4)
         return x, None
-    curvature = elbo.curvature(x)
+    sample = elbo.thinned(_MAX_HESSIAN_DRAWS) if elbo.num_draws > _MAX_HESSIAN_DRAWS else elbo
+    curvature = sample.curvature(x)
     for _ in range(_MAX_POLISHES):
         if not bool(torch.isfinite(curvature.hessian).all()):
             break
@@ -174,7 +176,7 @@ def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Curvature | None]:
         x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=1e-5)
         if ((x - start) / elbo.unit_metric(x)).abs().max() < _SAME_POINT:
             break
-        curvature = elbo.curvature(x)
+        curvature = sample.curvature(x)
     return x, curvature
 
 

@@ -14,19 +14,21 @@ from torch import Tensor
 from pyro_mf.solvers.fixed_draw_elbo import Curvature
 
 
-def settle_scales(x: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
-    """Replace scales by those of the expected curvature, where that is positive.
+def settle_scales(x: Tensor, noise: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+    """Replace scales by those of the expected curvature, where that is known better.
 
     Args:
         x: Location and log scale, shape ``(2 D,)``.
+        noise: Relative standard error that the draws put on each scale there, shape ``(D,)``.
         curvature: Second derivatives there.
 
     Returns:
-        The new point, and the relative standard error of each scale, shape ``(D,)``.
+        The new point, and the relative standard error of each of its scales, shape ``(D,)``.
     """
-    size, half = len(x) // 2, len(curvature.precision) // 2
+    size = len(noise)
     precision = curvature.precision.mean(0)
-    pairs = (curvature.precision[:half] + curvature.precision[half:]) / 2
-    error = pairs.std(0) / half**0.5 / (2.0 * precision.abs())
-    log_scale = torch.where(precision > 0, -0.5 * precision.abs().log(), x[size:])
-    return torch.cat([x[:size], log_scale]), error
+    pairs = torch.stack(curvature.precision.chunk(2)).mean(0)
+    error = pairs.std(0) / len(pairs) ** 0.5 / (2.0 * precision.abs())
+    is_better = (precision > 0) & ~(error > noise)  # a noise that is not known is no reason
+    log_scale = torch.where(is_better, -0.5 * precision.abs().log(), x[size:])
+    return torch.cat([x[:size], log_scale]), torch.where(is_better, error, noise)
