@@ -115,6 +115,10 @@ def _outside_model(problem: Problem) -> str | None:
 def _set_up_guide(problem: Problem) -> None:
     """Set up a guide of ours, and see that it is about this model's latents."""
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
-    if isinstance(guide, FlatGuide):
+    if not isinstance(guide, FlatGuide):
+        return
+    if guide.is_set_up or guide.model is not problem.model:
         guide.setup(*args, **kwargs)
         check_same_sites(run_prototype(problem.model, args, kwargs).layout, guide.layout)
+    else:
+        guide.setup(*args, **kwargs)

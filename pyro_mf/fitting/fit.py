@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pyro.infer import ELBO
@@ -17,7 +18,7 @@ from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.problem import at_least, read_problem
 from pyro_mf.fitting.progress import ProgressBar
 from pyro_mf.fitting.response import respond
-from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes, solve_from_starts
+from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes, solve, solve_from_starts
 from pyro_mf.fitting.result import FitResult
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.outcome import Progress
@@ -115,7 +116,7 @@ def fit(
             report_for=bar.labelled,
         )
         best = best_of(optima)
-        seconds = _seconds_by_phase(prepared, optima)
+        seconds = _add_seconds({"prepare": prepared}, optima)
         response = None
         if choice.solver == "deterministic":
             begin = time.perf_counter()
@@ -137,12 +138,51 @@ def fit(
     )
 
 
-def _seconds_by_phase(prepared: float, optima: tuple[Optimum, ...]) -> dict[str, float]:
-    """Wall time of all starts together, by phase."""
-    seconds = {"prepare": prepared}
+def resume(
+    result: FitResult, *, max_gradients: int | None = None, progress: bool | None = None
+) -> FitResult:
+    """See :meth:`pyro_mf.FitResult.resume`.
+
+    Raises:
+        TypeError: If ``max_gradients`` is no integer.
+        ValueError: If the solver was the deterministic one, or ``max_gradients`` is not positive.
+    """
+    if max_gradients is not None:
+        at_least("max_gradients", max_gradients, 1)
+    if result.solver != "stochastic":
+        raise ValueError(
+            "only the stochastic solver goes on from where it stopped; this fit is by the "
+            f"{result.solver} one. Call fit again with a larger max_gradients."
+        )
+    old, problem = result.restarts[result.best], result.problem
+    choice = choose_solver(problem, "stochastic")
+    with forked_seed(old.seed), ProgressBar(shown=progress) as bar:
+        optimum = solve(
+            problem,
+            choice,
+            seed=old.seed,
+            max_gradients=max_gradients,
+            report=bar.labelled("fit"),
+            state=old.outcome.state,
+        )
+    _warn(optimum, None)
+    restarts = list(result.restarts)
+    restarts[result.best] = optimum
+    return replace(
+        result,
+        restarts=tuple(restarts),
+        seconds=_add_seconds(result.seconds, (optimum,)),
+        notes=optimum.outcome.notes,
+        response=None,
+    )
+
+
+def _add_seconds(spent: dict[str, float], optima: tuple[Optimum, ...]) -> dict[str, float]:
+    """Wall time by phase, with that of more runs."""
+    seconds = dict(spent)
     for optimum in optima:
-        for phase, time_spent in optimum.outcome.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + time_spent
+        for phase, more in optimum.outcome.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + more
     return seconds
 
 

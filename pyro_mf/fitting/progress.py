@@ -86,7 +86,7 @@ def with_error(value: float, error: float) -> str:
     """
     if not math.isfinite(error):
         return f"{value:.2f}"
-    digits = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 2
+    digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 2
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 

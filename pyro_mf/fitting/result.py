@@ -39,7 +39,7 @@ class FitResult:
         response: Linear response where it is known already; see :meth:`linear_response`.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro, torch, pyro.distributions as dist
         >>> from pyro_mf.fitting import fit
         >>> def model(x):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -229,6 +229,25 @@ class FitResult:
         from pyro_mf.fitting.chains import convert_result
 
         return convert_result(self, linear_response=linear_response, **kwargs)
+
+    def resume(
+        self, *, max_gradients: int | None = None, progress: bool | None = None
+    ) -> FitResult:
+        """Go on where the stochastic solver stopped, as if it had not.
+
+        The guide is trained further, so that of this result is, too.
+
+        Args:
+            max_gradients: Budget in gradient evaluations from here; by default the solver's own.
+            progress: As for :func:`~pyro_mf.fit`.
+
+        Raises:
+            TypeError: If ``max_gradients`` is no integer.
+            ValueError: If the solver was the deterministic one.
+        """
+        from pyro_mf.fitting.fit import resume
+
+        return resume(self, max_gradients=max_gradients, progress=progress)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to one file, whole or not at all.

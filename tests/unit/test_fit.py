@@ -246,6 +246,28 @@ class TestNotConverged:
         assert result.stop_reason == "budget"
 
 
+class TestResume:
+    def test_two_halves_are_the_whole(self):
+        def steps(num):
+            return {"solver": "stochastic", "max_gradients": num}
+
+        with pytest.warns(ConvergenceWarning):
+            whole = fit(normal, (THREE,), guide=AutoMeanField(normal), **steps(120))
+        pyro.clear_param_store()
+        with pytest.warns(ConvergenceWarning):
+            half = fit(normal, (THREE,), guide=AutoMeanField(normal), **steps(60))
+        with pytest.warns(ConvergenceWarning):
+            both = half.resume(max_gradients=60)
+        assert both.losses == whole.losses
+        assert torch.equal(both.guide.loc, whole.guide.loc)
+        assert both.num_gradients == whole.num_gradients
+        assert both.seconds["optimise"] > half.seconds["optimise"]
+
+    def test_the_deterministic_solver_starts_anew(self, fitted):
+        with pytest.raises(ValueError, match="only the stochastic solver goes on"):
+            fitted.resume()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "error", "words"),

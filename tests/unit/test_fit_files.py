@@ -128,6 +128,17 @@ class TestRoundTrip:
         with pytest.raises(CheckpointError, match="it has learnable parameters"):
             FitResult.load(tmp_path / "fit.pt", model, (X,))
 
+    def test_a_loaded_fit_goes_on_where_it_stopped(self, tmp_path):
+        with pytest.warns(ConvergenceWarning):
+            result = fit(model, (X,), solver="stochastic", max_gradients=50)
+        result.save(tmp_path / "fit.pt")
+        pyro.clear_param_store()  # as in another process
+        loaded = FitResult.load(tmp_path / "fit.pt", model, (X,))
+        with pytest.warns(ConvergenceWarning):
+            further = loaded.resume(max_gradients=50)
+        assert further.num_gradients >= 100
+        assert further.losses[: len(result.losses)] == result.losses
+
     def test_stock_guide_is_loaded_into_a_new_one(self, tmp_path):
         with pytest.warns(ConvergenceWarning):
             result = fit(model, (X,), guide=AutoMultivariateNormal(model), max_gradients=20)
