@@ -119,15 +119,15 @@ def certify(
     scatter = len(pairs) * (len(pairs) - 1)
     if curvature is None:
         return _certify_by_diagonal(elbo, x, pairs, shared)
-    hessian = curvature.hessian
+    hessian, refusal = curvature.hessian, _smoothness_refusal(x, curvature)
     try:
         response = linear_response(x[:size], hessian)
     except LinearResponseError as error:
         nowhere = torch.full_like(x, torch.nan)
-        return Certificate(math.inf, nowhere, 0.0, **shared, response=None, refusal=str(error))
+        refusal = refusal or str(error)
+        return Certificate(math.inf, nowhere, 0.0, **shared, response=None, refusal=refusal)
     centred = (pairs - gradient).T
     moved = torch.linalg.solve(hessian, centred)
-    refusal = _smoothness_refusal(x, curvature)
     noise = (moved.square().sum(1) / scatter).sqrt()
     noise[:size] /= response.sd
     return Certificate(
