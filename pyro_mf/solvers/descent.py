@@ -22,7 +22,7 @@ _SEARCH_RATE, _LARGEST_RATE = 0.5, 0.25
 _SPREAD = 0.25  # sd of the iterates, in units, that the first average is taken at
 _REFRESH = 10  # steps between looks at the units while they change
 _CHECK_BLOCKS, _FIRST_CHECK = 32, 64  # an average is looked at after so many blocks
-_MAX_FAILURES, _MAX_SKIPS = 10, 3
+_MAX_FAILURES, _MAX_SKIPS = 10, 20
 _WORSE = 20.0  # a loss so many spreads above the best is no noise
 _RUNAWAY = 1e10  # a way that no proper posterior asks for, relative to the start
 
