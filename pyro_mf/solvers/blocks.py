@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf.density import LogJoint
+from pyro_mf.solvers.lockstep import Evaluate
 
 # Rows of a block: enough for the arithmetic to outweigh the overhead of an operation.
 _MAX_ROWS = 32
@@ -26,15 +27,20 @@ class Blocks:
 
     Args:
         log_joint: The density.
+        evaluate: How a block is computed, by default ``log_joint.value_and_grad``.
+        num_sharing: How many such objects have to share the memory of one.
 
     Attributes:
         num_rows: Rows of a block.
         num_calls: Blocks computed so far.
     """
 
-    def __init__(self, log_joint: LogJoint) -> None:
+    def __init__(
+        self, log_joint: LogJoint, evaluate: Evaluate | None = None, num_sharing: int = 1
+    ) -> None:
         self.log_joint = log_joint
-        per_row = max(1, log_joint.bytes_per_draw)
+        self._evaluate = evaluate or log_joint.value_and_grad
+        per_row = max(1, log_joint.bytes_per_draw) * num_sharing
         self.num_rows = max(1, min(_MAX_ROWS, _BLOCK_BYTES // per_row))
         self.num_calls = 0
 
@@ -72,7 +78,7 @@ class Blocks:
         z = rows.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
         self.num_calls += 1
         try:
-            value, gradient = self.log_joint.value_and_grad(z)
+            value, gradient = self._evaluate(z)
         except (RuntimeError, ValueError):  # an operation that raises at one of the rows
             if count == 1:
                 return rows.new_full((1,), -torch.inf), torch.zeros_like(rows[:1])

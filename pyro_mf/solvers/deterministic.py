@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,6 +17,7 @@ from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import Certificate, certify
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO, estimate_from
+from pyro_mf.solvers.lockstep import Evaluate, run_in_lockstep
 from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
@@ -45,11 +47,12 @@ def solve_deterministic(
 
     Args:
         log_joint: The density, of the full data.
-        guide: A guide with Normal factors for the same latents, set up; it gets the optimum.
+        guide: A guide with Normal factors for the same latents, set up. Its locations are where the
+            way to the optimum starts; it gets the optimum.
         seed: Seed of all draws; the same seed gives the same bits.
         tolerance: Error of each location that the fixed draws may cause, in posterior sds.
         max_gradients: Gradients of the ELBO after which the run ends.
-        disperse: Start at a random point of the seed's and not at the origin.
+        disperse: Start at a random point of the seed's and not at the guide's locations.
         report: Called with the progress.
 
     Returns:
@@ -65,41 +68,101 @@ def solve_deterministic(
         Burroni, Domke and Sheldon (2024), Sample Average Approximation for Black-Box VI,
         https://arxiv.org/abs/2304.06803
     """
-    return _Run(log_joint, guide, seed, tolerance, disperse, Meter(max_gradients, report)).solve()
+    origin = None if disperse else _loc(guide)
+    run = _Run(Blocks(log_joint), origin, seed, tolerance, Meter(max_gradients, report))
+    outcome, x = run.solve()
+    if x is not None:
+        guide.set_flat_params(_params(guide, x))
+    return outcome
+
+
+def solve_from_many(
+    log_joint: LogJoint,
+    guide: FactorisedGuide,
+    seeds: Sequence[int],
+    *,
+    reports: Sequence[Report],
+    tolerance: float = 0.1,
+    max_gradients: int = 5000,
+) -> list[tuple[Outcome, tuple[Tensor, ...]] | Exception]:
+    """Fit from several starts at once: the guide's locations, then random points.
+
+    All runs share their evaluations of the density, which takes little longer than one run.
+
+    Args:
+        log_joint: The density, of the full data.
+        guide: A guide with Normal factors, set up; it keeps its parameters.
+        seeds: A seed per start.
+        reports: Where each reports its progress.
+        tolerance: As for :func:`solve_deterministic`.
+        max_gradients: Budget of each run.
+
+    Returns:
+        Per start the outcome and the family's parameters at its end, or the exception that ended
+        it.
+    """
+    origin, count, began = _loc(guide), len(seeds), time.perf_counter()
+
+    def job(k: int) -> Callable[[Evaluate], tuple[Outcome, Tensor | None]]:
+        def solve(evaluate: Evaluate) -> tuple[Outcome, Tensor | None]:
+            blocks = Blocks(log_joint, evaluate, num_sharing=count)
+            meter = Meter(max_gradients, reports[k])
+            return _Run(blocks, None if k else origin, seeds[k], tolerance, meter).solve()
+
+        return solve
+
+    ended = run_in_lockstep(log_joint.value_and_grad, [job(k) for k in range(count)])
+    share = (time.perf_counter() - began) / count
+    found: list[tuple[Outcome, tuple[Tensor, ...]] | Exception] = []
+    for end in ended:
+        if isinstance(end, Exception):
+            found.append(end)
+            continue
+        outcome, x = end
+        params = guide.flat_params() if x is None else _params(guide, x)
+        seconds = {"optimise": share}  # of the time of all
+        found.append((replace(outcome, seconds=seconds), tuple(p.detach() for p in params)))
+    return found
+
+
+def _loc(guide: FactorisedGuide) -> Tensor:
+    return guide.flat_params()[0].detach().to("cpu", torch.float64)
+
+
+def _params(guide: FactorisedGuide, x: Tensor) -> tuple[Tensor, Tensor]:
+    loc, log_scale = x.to(guide.flat_leaves()[0]).chunk(2)
+    return loc, log_scale.exp()
 
 
 @dataclass(eq=False)
 class _Run:
-    log_joint: LogJoint
-    guide: FactorisedGuide
+    blocks: Blocks
+    origin: Tensor | None
     seed: int
     tolerance: float
-    disperse: bool
     meter: Meter
     x: Tensor | None = None
     fresh: Estimate = Estimate(math.nan, math.nan)
     certificate: Certificate | None = None
     notes: list[str] = field(default_factory=list)
 
-    def solve(self) -> Outcome:
-        began = time.perf_counter()
-        self.blocks = Blocks(self.log_joint)
+    def solve(self) -> tuple[Outcome, Tensor | None]:
+        began, log_joint = time.perf_counter(), self.blocks.log_joint
         draws = fixed_draws(_FRESH_DRAWS, self.blocks.size, seed=self.seed + 1_000_003)
         self.fresh_elbo = FixedDrawELBO(self.blocks, draws)
-        captured = self.log_joint.capture_seconds
+        captured = log_joint.capture_seconds
         try:
             reason, message = self._optimise()
         except BudgetSpentError:
-            reason, message = (
-                "budget",
-                f"the budget of {self.meter.num_gradients} gradients is spent",
-            )
+            reason = "budget"
+            message = f"the budget of {self.meter.num_gradients} gradients is spent"
         except KeyboardInterrupt:
             reason, message = "interrupted", "interrupted by the user"
-        self._keep_best()
-        capture = self.log_joint.capture_seconds - captured
+        if self.certificate is None:
+            self._take_best()
+        capture = log_joint.capture_seconds - captured
         certificate = self.certificate
-        return Outcome(
+        outcome = Outcome(
             elbo=self.fresh.elbo,
             elbo_se=self.fresh.se,
             stop_reason=reason,
@@ -111,11 +174,12 @@ class _Run:
             response=None if certificate is None else certificate.response,
             refusal="" if certificate is None else certificate.refusal,
         )
+        return outcome, self.x
 
     def _optimise(self) -> tuple[StopReason, str]:
         """Double the draws until the optimum has its certificate."""
         elbo = self._objective(_FIRST_DRAWS)
-        starts = find_starts(elbo, seed=self.seed, disperse=self.disperse)
+        starts = find_starts(elbo, self.origin, seed=self.seed)
         self._check_density(elbo, starts[0])
         x = self._best_of(elbo, starts)
         while True:
@@ -160,7 +224,7 @@ class _Run:
         """
         loc, scale = elbo.split(x)
         gradients = self.blocks.value_and_grad(loc + scale * elbo.draws)[1]
-        flat = self.log_joint.layout.describe_flat(gradients)
+        flat = self.blocks.log_joint.layout.describe_flat(gradients)
         if flat is not None:
             raise ModelError(f"{flat}. Its posterior is improper, and the ELBO has no maximum.")
         check_gradient(elbo, x)
@@ -197,22 +261,16 @@ class _Run:
         size = self.blocks.size
         known = curvature(self.blocks, torch.zeros_like(x[:size]), self.seed).clamp_min(1e-12)
         growth = x[size:] + 0.5 * known.log()
-        names = self.log_joint.layout.element_names()
+        names = self.blocks.log_joint.layout.element_names()
         return [name for name, g in zip(names, growth.tolist(), strict=True) if g > _RUNAWAY]
 
-    def _keep_best(self) -> None:
-        """Put the best point that is known into the guide."""
+    def _take_best(self) -> None:
+        """Of the points that a run without a certificate has seen, take the best on fresh draws."""
         known = [] if self.x is None else [self.x]
-        if self.meter.best is not None and self.certificate is None:
-            known.append(self.meter.best[1])
-        if not known:
-            return
-        if self.certificate is None:
+        known += [] if self.meter.best is None else [self.meter.best[1]]
+        if known:
             estimates = [(self.fresh_elbo.estimate(x), x) for x in known]
             self.fresh, self.x = max(estimates, key=lambda pair: pair[0].elbo)
-        size, like = self.blocks.size, self.guide.flat_leaves()[0]
-        x = known[0] if self.x is None else self.x
-        self.guide.set_flat_params((x[:size].to(like), x[size:].exp().to(like)))
 
 
 def _describe_runaway(names: list[str]) -> str:

@@ -18,19 +18,20 @@ from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.minimise import lbfgs
 
 _PATH_STEPS = 30
+_ATTEMPTS = 12
 # Scales where the curvature says nothing, and the most and the least that a start may have.
 _FLAT_SCALE, _MIN_SCALE = 1.0, 1e-8
 # Latents up to which the curvature is computed exactly, and probes that estimate it beyond.
 _MAX_EXACT, _NUM_PROBES = 256, 16
 
 
-def find_starts(elbo: FixedDrawELBO, *, seed: int, disperse: bool = False) -> list[Tensor]:
+def find_starts(elbo: FixedDrawELBO, origin: Tensor | None, *, seed: int) -> list[Tensor]:
     """Points from which to optimise, each location and log scale, shape ``(2 D,)``.
 
     Args:
         elbo: The objective.
+        origin: Where the way to the mode starts, shape ``(D,)``; ``None`` for a random point.
         seed: Seed of random points and probes.
-        disperse: Start at a random point rather than at the origin.
 
     Returns:
         One point where the density has a mode that was reached; else several, along the way.
@@ -39,13 +40,12 @@ def find_starts(elbo: FixedDrawELBO, *, seed: int, disperse: bool = False) -> li
         ModelError: If no point with a finite log joint was found.
     """
     blocks = elbo.blocks
-    origin = _finite_point(blocks, seed, disperse=disperse)
-    path = _path_to_mode(blocks, origin)
+    path = _path_to_mode(blocks, _finite_point(blocks, origin, seed))
     final = curvature(blocks, path[-1], seed)
     starts = [_with_scales(elbo, path[-1], final)]
     if not _is_near_mode(blocks, path[-1], final):
         others = [path[i] for i in _spread(len(path))]
-        others.append(_finite_point(blocks, seed, disperse=True))
+        others.append(_finite_point(blocks, None, seed))
         starts += [_with_scales(elbo, z, curvature(blocks, z, seed)) for z in others]
     finite = [x for x in starts if math.isfinite(elbo.value_and_gradient(x)[0])]
     if not finite:
@@ -100,28 +100,27 @@ def _is_near_mode(blocks: Blocks, z: Tensor, precision: Tensor) -> bool:
     return float((gradient.square() / precision).sum()) < 2.0
 
 
-def _finite_point(blocks: Blocks, seed: int, *, disperse: bool) -> Tensor:
-    """The origin if the log joint is finite there, else the best of random points near it.
+def _finite_point(blocks: Blocks, wanted: Tensor | None, seed: int) -> Tensor:
+    """The point wanted if the log joint is finite there, else a random one near the origin.
 
     Raises:
-        ModelError: If it is finite at none of them.
+        ModelError: If it is finite at none of many.
     """
     size, generator = blocks.size, torch.Generator().manual_seed(seed)
-    for attempt in range(12):
+    for attempt in range(_ATTEMPTS):
         radius = 2.0 * 0.5 ** max(0, attempt - 2)
         uniform = torch.rand(blocks.num_rows, size, generator=generator, dtype=torch.float64)
         points = radius * (2.0 * uniform - 1.0)
-        if disperse:
-            points = points[:1] if attempt == 0 else points
-        elif attempt == 0:
-            points[0] = 0.0
+        if wanted is not None and attempt == 0:
+            points[0] = wanted
         values, _ = blocks.value_and_grad(points)
         if attempt == 0 and values[0] > -torch.inf:
             return points[0]
         if values.max() > -torch.inf:
             return points[values.argmax()]
     raise ModelError(
-        f"no point with a finite log density and gradient was found among {12 * blocks.num_rows} "
+        f"no point with a finite log density and gradient was found among "
+        f"{_ATTEMPTS * blocks.num_rows} "
         "random ones near the origin of the unconstrained space. Check priors and data for "
         "combinations that are impossible together."
     )

@@ -14,8 +14,10 @@ from pyro_mf import ModelError
 from pyro_mf.density import LogJoint
 from pyro_mf.guides import AutoMeanField
 from pyro_mf.solvers.blocks import Blocks
-from pyro_mf.solvers.deterministic import solve_deterministic
+from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
 from pyro_mf.solvers.draws import fixed_draws
+from pyro_mf.solvers.lockstep import run_in_lockstep
+from pyro_mf.solvers.outcome import silent
 
 
 def solve(model, *args, **options):
@@ -306,3 +308,74 @@ def test_same_seed_same_bits() -> None:
     assert torch.equal(state, torch.get_rng_state())
     _, other, _ = solve(funnel, seed=6)
     assert not torch.equal(loc, other)
+
+
+# -- several starts at once ---------------------------------------------------------------------
+
+
+def two_modes(y):
+    weight = pyro.sample("weight", dist.Beta(5.0, 5.0))
+    with pyro.plate("component", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(y)):
+        logits = torch.stack([dist.Normal(m, 1.0).log_prob(y) for m in loc], -1)
+        mixed = torch.logaddexp(weight.log() + logits[:, 0], (-weight).log1p() + logits[:, 1])
+        pyro.factor("y", mixed)
+
+
+def test_starts_in_lockstep_end_where_each_would_alone() -> None:
+    y = torch.cat([torch.randn(30) - 3.0, torch.randn(30) + 3.0])
+    guide = AutoMeanField(two_modes).setup(y)
+    log_joint = LogJoint(two_modes, (y,))
+    before = [p.detach().clone() for p in guide.flat_params()]
+    seeds = [0, 1, 2, 3]
+    found = solve_from_many(log_joint, guide, seeds, reports=[silent] * 4)
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.flat_params(), strict=True))
+    assert log_joint._value_and_grad.num_captures == 1
+    for k, (outcome, (loc, _)) in enumerate(found):
+        alone, expected, scale = solve(two_modes, y, seed=seeds[k], disperse=k > 0)
+        assert outcome.converged == alone.converged
+        assert float(((loc - expected) / scale).abs().max()) < 1e-4
+    swapped = {bool(loc[1] < loc[2]) for _, (loc, _) in found}
+    assert swapped == {True, False}  # labels may be swapped, and dispersed starts find both
+
+
+def test_interrupt_ends_every_start() -> None:
+    def stop(progress):
+        if progress.gradients == 20:
+            raise KeyboardInterrupt
+
+    results = run_in_lockstep(
+        lambda z: (z.sum(-1), z), [lambda f: f(torch.ones(2, 3))[0].sum() for _ in range(3)]
+    )
+    assert [float(r) for r in results] == [6.0, 6.0, 6.0]
+    guide = AutoMeanField(funnel).setup()
+    found = solve_from_many(LogJoint(funnel), guide, [0, 1], reports=[stop, stop])
+    for outcome, (loc, scale) in found:
+        assert outcome.stop_reason == "interrupted"
+        assert bool(torch.isfinite(loc).all() & (scale > 0).all())
+
+
+def test_a_start_that_fails_does_not_hold_up_the_others() -> None:
+    def fail(evaluate):
+        evaluate(torch.ones(1, 1))
+        raise ModelError("no start")
+
+    def succeed(evaluate):
+        return [float(evaluate(torch.full((1, 1), float(i)))[0]) for i in range(5)]
+
+    results = run_in_lockstep(lambda z: (z.sum(-1), z), [succeed, fail, succeed])
+    assert results[0] == results[2] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert isinstance(results[1], ModelError)
+
+
+def test_guides_locations_are_the_start() -> None:
+    """The one mode that the guide begins at is the one that is found."""
+    y = torch.cat([torch.randn(30) - 3.0, torch.randn(30) + 3.0])
+    signs = []
+    for first in (-3.0, 3.0):
+        start = {"loc": torch.tensor([first, -first]), "weight": torch.tensor(0.5)}
+        guide = AutoMeanField(two_modes, init_loc_fn=lambda site, s=start: s[site["name"]]).setup(y)
+        solve_deterministic(LogJoint(two_modes, (y,)), guide)
+        signs.append(float(guide.locs.loc[0].detach()) * first > 0)
+    assert signs == [True, True]
