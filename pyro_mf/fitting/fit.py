@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -121,7 +122,8 @@ def fit(
         if choice.solver == "deterministic":
             begin = time.perf_counter()
             bar(Progress("linear response", 0, math.nan, math.nan))
-            response = respond(problem, optima[best].outcome, seed=seed)
+            with suppress(KeyboardInterrupt):  # the fit is there, and this can be had later
+                response = respond(problem, optima[best].outcome, seed=seed)
             seconds["linear response"] = time.perf_counter() - begin
     modes = describe_modes(optima, problem.guide)
     _warn(optima[best], modes)

@@ -6,6 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from pyro_mf.fitting.progress import with_error
+from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
@@ -55,10 +56,13 @@ def report(result: FitResult) -> str:
 
 
 def _latents(result: FitResult) -> str:
-    sites = result.layout.sites
+    guide = result.guide
+    if not isinstance(guide, FlatGuide):
+        return f"those of the guide, {getattr(guide, '__name__', type(guide).__name__)}"
+    sites = guide.layout.sites
     names = [f"{s.name} {list(s.shape)}" if s.shape else s.name for s in sites]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return f"{result.layout.size} unconstrained elements: {shown}"
+    return f"{guide.layout.size} unconstrained elements: {shown}"
 
 
 def _cost(result: FitResult) -> str:

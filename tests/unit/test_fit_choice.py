@@ -131,6 +131,15 @@ def test_result_names_solver_and_reason():
     assert "stochastic: the model has learnable parameters, such as 'scale'" in str(result)
 
 
+def test_stock_guide_on_minibatches_has_a_report():
+    case = MODELS["subsampled plate"]
+    guide = pyro.infer.autoguide.AutoNormal(case.model, create_plates=lambda x: plate)
+    plate = pyro.plate("data", 10, subsample_size=4, dim=-1)
+    with pytest.warns(ConvergenceWarning):
+        result = fit(case.model, case.args(), guide=guide, max_gradients=10)
+    assert "those of the guide, AutoNormal" in str(result)
+
+
 def smooth(scale):
     def model(x):
         z = pyro.sample("z", dist.Normal(torch.zeros(5), 1.0).to_event(1))

@@ -1,5 +1,6 @@
 """The progress bar: when it shows, what it says, and Ctrl-C while it does."""
 
+import importlib
 import io
 import sys
 
@@ -108,3 +109,15 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch, solver):
     assert len(result.restarts) == 1
     assert torch.isfinite(result.guide.loc).all()
     assert "INTERRUPTED" in str(result)
+
+
+def test_ctrl_c_during_linear_response_keeps_the_fit(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("pyro_mf.fitting.fit"), "respond", interrupt)
+        result = fit(model, (X,))
+    assert result.converged
+    assert "call result.linear_response()" in str(result)
+    assert torch.isfinite(result.linear_response().sd).all()
