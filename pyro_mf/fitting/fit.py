@@ -19,8 +19,9 @@ from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.problem import at_least, read_problem
 from pyro_mf.fitting.progress import ProgressBar
 from pyro_mf.fitting.response import respond
-from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes, solve, solve_from_starts
+from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes
 from pyro_mf.fitting.result import FitResult
+from pyro_mf.fitting.starts import solve, solve_from_starts
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.outcome import Progress
 

@@ -8,7 +8,7 @@ import warnings
 from types import TracebackType
 from typing import Any
 
-from pyro_mf.solvers.outcome import Progress
+from pyro_mf.solvers.outcome import Progress, Report
 
 
 class ProgressBar:
@@ -25,7 +25,6 @@ class ProgressBar:
     def __init__(self, *, shown: bool | None = None) -> None:
         self._label = "fit"
         self._shown = (sys.stderr.isatty() or _in_notebook()) if shown is None else shown
-        self._shown_label = ""
         self._bar: Any = None
 
     def __enter__(self) -> ProgressBar:
@@ -46,20 +45,22 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def labelled(self, label: str) -> ProgressBar:
-        """The same bar, from now on with this in front."""
-        self._label = label
-        return self
+    def labelled(self, label: str) -> Report:
+        """A report to this bar with this in front, such as ``"start 2 of 4"``."""
+
+        def show(progress: Progress) -> None:
+            self._label = label
+            self(progress)
+
+        return show
 
     def __call__(self, progress: Progress) -> None:
         """Show the latest; a solver may call this as often as it likes."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._label}: {describe(progress)}", refresh=False)
-            is_new = self._label != self._shown_label
-            self._bar.update()  # draws at most every tenth of a second
-            if is_new:
-                self._shown_label = self._label
+            if self._bar.n == 0:
                 self._bar.refresh()
+            self._bar.update()  # draws at most every tenth of a second
 
 
 def describe(progress: Progress) -> str:

@@ -92,8 +92,8 @@ def _believe(result: FitResult) -> str | None:
         return None
     elbo = with_error(response.elbo, response.elbo_se)
     if response.is_better(result.outcome):
-        return f"sd_lr: the Gaussian of linear response has the ELBO {elbo}, higher than the fit's"
-    return f"sd: the Gaussian of linear response has the ELBO {elbo}, lower than the fit's"
+        return f"sd_lr: the Gaussian of linear response has the higher ELBO, {elbo}"
+    return f"sd: the Gaussian of linear response has the lower ELBO, {elbo}"
 
 
 def _line(label: str, text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from pyro_mf._errors import ConvergenceWarning, GuideMismatchError, ModelError, ModesWarning
 from pyro_mf.families import Normal
 from pyro_mf.fitting import FitResult, fit
-from pyro_mf.fitting import restarts as restarts_module
+from pyro_mf.fitting import starts as starts_module
 from pyro_mf.fitting.restarts import Optimum, describe_modes
 from pyro_mf.guides import AutoMeanField
 from pyro_mf.objectives import ReverseKL
@@ -186,41 +186,64 @@ class TestRestarts:
         assert result.guide.median()["z"].item() == pytest.approx(0.0, abs=0.05)
         assert torch.equal(result.guide.loc.detach(), result.restarts[result.best].params[0])
 
-    def test_a_later_start_that_fails_is_noted(self, monkeypatch):
-        monkeypatch.setattr(restarts_module, "solve_deterministic", fake(fail_at={1}))
+    def test_a_start_that_fails_is_noted(self, monkeypatch):
+        monkeypatch.setattr(starts_module, "solve_from_many", fakes({1: ModelError("no start")}))
         result = fit(normal, (THREE,), num_restarts=3)
         assert len(result.restarts) == 2
         assert "start 2 of 3 failed: no start" in result.notes
 
-    def test_ctrl_c_ends_the_starts(self, monkeypatch):
-        monkeypatch.setattr(
-            restarts_module, "solve_deterministic", fake(reasons={1: "interrupted"})
-        )
-        result = fit(normal, (THREE,), num_restarts=5)
-        assert len(result.restarts) == 2
-        assert result.stop_reason == "converged"  # the first start's
+    @pytest.mark.parametrize(
+        "ends", [dict.fromkeys(range(3), ModelError("bad")), {2: ZeroDivisionError("bad")}]
+    )
+    def test_what_is_wrong_with_all_or_with_us_is_raised(self, monkeypatch, ends):
+        monkeypatch.setattr(starts_module, "solve_from_many", fakes(ends))
+        with pytest.raises((ModelError, ZeroDivisionError), match="bad"):
+            fit(normal, (THREE,), num_restarts=3)
 
     def test_divergence_is_the_last_resort(self, monkeypatch):
-        monkeypatch.setattr(restarts_module, "solve_deterministic", fake(reasons={0: "diverged"}))
-        result = fit(normal, (THREE,), num_restarts=2)
-        assert result.best == 1
+        monkeypatch.setattr(starts_module, "solve_from_many", fakes({0: "diverged"}))
+        assert fit(normal, (THREE,), num_restarts=2).best == 1
+
+    def test_of_the_stochastic_solver_one_after_another(self, monkeypatch):
+        starts = []
+
+        def solve(model, guide, args, kwargs, *, seed, **rest):
+            starts.append((seed, guide.loc.item(), guide.scale.item()))
+            return outcome("interrupted" if seed == 7 else "converged")
+
+        monkeypatch.setattr(starts_module, "solve_stochastic", solve)
+        with pytest.warns(ModesWarning):  # this one moves from none of its starts
+            result = fit(normal, (THREE,), num_restarts=5, seed=5, solver="stochastic")
+        assert [seed for seed, *_ in starts] == [5, 6, 7]  # until Ctrl-C
+        assert starts[0][1] == 0.0
+        assert len({loc for _, loc, _ in starts}) == 3
+        assert {round(scale, 6) for *_, scale in starts} == {0.1}
+        assert result.stop_reason == "converged"  # the first start's
 
 
-def fake(*, reasons=None, fail_at=()):
-    """A solver that ends at once, as told by the start's number."""
+def outcome(reason):
+    return Outcome(-1.0, 0.1, reason, "because", (1.0,), 1, {}, refusal="a fake has none")
 
-    def solve(log_joint, guide, *, seed, disperse, report, **budget):
-        if seed in fail_at:
-            raise ModelError("no start")
-        reason = (reasons or {}).get(seed, "converged")
-        return Outcome(-1.0, 0.1, reason, "because", (1.0,), 1, {}, refusal="a fake has none")
+
+def fakes(ends):
+    """Several starts that end at once: with a stop reason or an error by number."""
+
+    def solve(log_joint, guide, seeds, *, reports, **budget):
+        params = tuple(p.detach() for p in guide.flat_params())
+        given = [ends.get(k, "converged") for k in range(len(seeds))]
+        return [e if isinstance(e, Exception) else (outcome(e), params) for e in given]
 
     return solve
 
 
+def fake(reason):
+    """A solver that ends at once."""
+    return lambda *args, **rest: outcome(reason)
+
+
 class TestNotConverged:
     def test_warns_once_and_says_so(self, monkeypatch):
-        monkeypatch.setattr(restarts_module, "solve_deterministic", fake(reasons={0: "budget"}))
+        monkeypatch.setattr(starts_module, "solve_deterministic", fake("budget"))
         with pytest.warns(ConvergenceWarning, match="did not converge: because") as caught:
             result = fit(normal, (THREE,))
         assert len(caught) == 1
@@ -228,15 +251,13 @@ class TestNotConverged:
         assert "NOT CONVERGED" in str(result)
 
     def test_diverged(self, monkeypatch):
-        monkeypatch.setattr(restarts_module, "solve_deterministic", fake(reasons={0: "diverged"}))
+        monkeypatch.setattr(starts_module, "solve_deterministic", fake("diverged"))
         with pytest.warns(ConvergenceWarning, match="diverged: because"):
             result = fit(normal, (THREE,))
         assert "DIVERGED" in str(result)
 
     def test_interrupted_is_no_surprise(self, monkeypatch):
-        monkeypatch.setattr(
-            restarts_module, "solve_deterministic", fake(reasons={0: "interrupted"})
-        )
+        monkeypatch.setattr(starts_module, "solve_deterministic", fake("interrupted"))
         assert "INTERRUPTED" in str(fit(normal, (THREE,)))
 
     def test_budget_reaches_the_solver(self):

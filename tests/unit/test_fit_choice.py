@@ -10,7 +10,7 @@ import torch
 
 from pyro_mf._errors import ConvergenceWarning, ModelError
 from pyro_mf.fitting import fit
-from pyro_mf.fitting import restarts as restarts_module
+from pyro_mf.fitting import starts as starts_module
 from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.differentiable import describe_missing_gradient
 from pyro_mf.fitting.problem import read_problem
@@ -200,7 +200,7 @@ class TestScore:
             seen.append((type(objective), site["fn"].has_rsample, site["value"].requires_grad))
             return Outcome(-1.0, 0.1, "converged", "", (1.0,), 1, {})
 
-        monkeypatch.setattr(restarts_module, "solve_stochastic", solve)
+        monkeypatch.setattr(starts_module, "solve_stochastic", solve)
         result = fit(through_numpy, (X,))
         assert seen == [(pyro.infer.Trace_ELBO, False, False)]
         assert "score gradients" in result.reason

@@ -104,9 +104,8 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch, solver):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ProgressBar, "__call__", interrupt)
-    result = fit(model, (X,), solver=solver, num_restarts=3)
+    result = fit(model, (X,), solver=solver)
     assert result.stop_reason == "interrupted"
-    assert len(result.restarts) == 1
     assert torch.isfinite(result.guide.loc).all()
     assert "INTERRUPTED" in str(result)
 

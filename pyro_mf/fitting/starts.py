@@ -1,0 +1,167 @@
+"""Run the chosen solver, from one start or from several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf.fitting.choice import Choice
+from pyro_mf.fitting.problem import Problem
+from pyro_mf.fitting.restarts import Optimum, best_of, current_params
+from pyro_mf.fitting.score import score_objective, without_pathwise
+from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
+from pyro_mf.solvers.outcome import Report
+from pyro_mf.solvers.stochastic import solve_stochastic
+
+_BOX = 2.0  # half the side of the box from which starts are drawn, as in Stan
+
+# Errors of a start that leave the others standing.
+_FAILURES = (ModelError, NonFiniteError)
+
+
+def solve(
+    problem: Problem,
+    choice: Choice,
+    *,
+    seed: int,
+    max_gradients: int | None,
+    report: Report,
+    disperse: bool = False,
+    state: Mapping[str, Any] | None = None,
+) -> Optimum:
+    """Run the chosen solver from one start; the problem's guide ends at the optimum.
+
+    Args:
+        problem: What is to be solved.
+        choice: The solver.
+        seed: Seed of start and solver.
+        max_gradients: Budget; ``None`` for the solver's own.
+        report: Where progress goes.
+        disperse: Start the stochastic solver at a random point.
+        state: State of an earlier run of the stochastic solver, to go on from there.
+    """
+    guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
+    budget: dict[str, Any]
+    if choice.solver == "deterministic":
+        budget = {} if max_gradients is None else {"max_gradients": max_gradients}
+        outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **budget)
+    else:
+        budget = {} if max_gradients is None else {"max_steps": max_gradients}
+        if disperse:
+            guide.set_flat_params(_random_start(guide, seed))
+        outcome = solve_stochastic(
+            problem.model,
+            without_pathwise(guide) if choice.needs_score else guide,
+            args,
+            kwargs,
+            objective=score_objective() if choice.needs_score else problem.objective,
+            seed=seed,
+            report=report,
+            state=state,
+            **budget,
+        )
+    return Optimum(seed, outcome, current_params(guide))
+
+
+def solve_from_starts(
+    problem: Problem,
+    choice: Choice,
+    num: int,
+    *,
+    seed: int,
+    max_gradients: int | None,
+    report_for: Callable[[str], Report],
+) -> tuple[tuple[Optimum, ...], tuple[str, ...]]:
+    """Run the solver from the guide's own start and from dispersed ones, until Ctrl-C.
+
+    Args:
+        problem: What is to be solved. Its guide ends at the best optimum.
+        choice: The solver.
+        num: Number of starts; more than one needs a guide of ours.
+        seed: Seed of the first start, and of all others through it.
+        max_gradients: Budget of each start.
+        report_for: Makes a report for a start from its label.
+
+    Returns:
+        The optima, in the order of the starts, and a sentence for each start that failed.
+
+    Raises:
+        ModelError: If every start fails because of the model.
+        NonFiniteError: If every start fails because the density is not finite.
+    """
+    if num == 1:
+        report = report_for("fit")
+        only = solve(problem, choice, seed=seed, max_gradients=max_gradients, report=report)
+        return (only,), ()
+    seeds = [seed + k for k in range(num)]
+    reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]
+    run = _together if choice.solver == "deterministic" else _one_by_one
+    ends = run(problem, choice, seeds, reports, max_gradients)
+    failures = [(k, end) for k, end in enumerate(ends) if isinstance(end, Exception)]
+    for _, error in failures:
+        if len(failures) == len(ends) or not isinstance(error, _FAILURES):
+            raise error
+    optima = tuple(end for end in ends if isinstance(end, Optimum))
+    problem.guide.set_flat_params(optima[best_of(optima)].params)
+    return optima, tuple(f"start {k + 1} of {num} failed: {error}" for k, error in failures)
+
+
+def _together(
+    problem: Problem,
+    choice: Choice,
+    seeds: list[int],
+    reports: list[Report],
+    max_gradients: int | None,
+) -> list[Optimum | Exception]:
+    """All starts at once, which takes little longer than one."""
+    budget = {} if max_gradients is None else {"max_gradients": max_gradients}
+    ends = solve_from_many(problem.log_joint, problem.guide, seeds, reports=reports, **budget)
+    return [
+        end if isinstance(end, Exception) else Optimum(seed, *end)
+        for seed, end in zip(seeds, ends, strict=True)
+    ]
+
+
+def _one_by_one(
+    problem: Problem,
+    choice: Choice,
+    seeds: list[int],
+    reports: list[Report],
+    max_gradients: int | None,
+) -> list[Optimum | Exception]:
+    """One start after another, the first from the guide's own values."""
+    ends: list[Optimum | Exception] = []
+    own_start = current_params(problem.guide)
+    for k, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
+        problem.guide.set_flat_params(own_start)
+        try:
+            end = solve(
+                problem,
+                choice,
+                seed=seed,
+                max_gradients=max_gradients,
+                report=report,
+                disperse=k > 0,
+            )
+        except _FAILURES as error:
+            ends.append(error)
+            continue
+        ends.append(end)
+        if end.outcome.stop_reason == "interrupted":
+            break
+    return ends
+
+
+def _random_start(guide: FlatGuide, seed: int) -> tuple[Tensor, ...]:
+    """The guide's parameters with locations drawn from a box."""
+    given = current_params(guide)
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(guide.layout.size, generator=generator, dtype=torch.float64)
+    loc = _BOX * (2 * uniform - 1)
+    names = guide.family.param_names
+    return tuple(loc.to(p) if n == "loc" else p for n, p in zip(names, given, strict=True))
