@@ -93,7 +93,8 @@ class Descent:
             # Gradients for curvatures are spent at steps 0, 10, 20, 40, 80, ...
             self._measure(num_draws=4, weight=0.5, curvature=looks & (looks - 1) == 0)
         self.num_gradients += 1
-        estimate = self._loss.gradient(self._leaves)
+        count = len(self.losses)
+        estimate = self._loss.gradient(self._leaves, watch=count & (count - 1) == 0)
         if estimate is None:
             self._skips += 1
             self.num_skipped += 1
@@ -126,6 +127,10 @@ class Descent:
     def _go_back(self, reason: str) -> None:
         self._failures += 1
         self._skips = 0
+        self._level, self._previous, self._accuracy = 0, None, None
+        self._rate = _SEARCH_RATE / 2**self._failures
+        self._steps = Steps(self._x)
+        self._go_to(self._safe_x)
         if self._failures > _MAX_FAILURES:
             raise Divergence(
                 f"{reason}, and {_MAX_FAILURES} smaller learning rates did not help. The "
@@ -136,10 +141,6 @@ class Descent:
             f"step {len(self.losses)}: {reason}; went back to the best parameters and halved the "
             f"learning rate"
         )
-        self._level, self._previous, self._accuracy = 0, None, None
-        self._rate = _SEARCH_RATE / 2**self._failures
-        self._steps = Steps(self._x)
-        self._go_to(self._safe_x)
 
     # -- looking at the averages -----------------------------------------------------------------
 

@@ -68,15 +68,23 @@ class NoisyLoss:
             "ReverseKL, which names the site."
         )
 
-    def gradient(self, leaves: Leaves) -> tuple[float, Tensor] | None:
+    def gradient(self, leaves: Leaves, *, watch: bool = False) -> tuple[float, Tensor] | None:
         """Loss and gradient ``(P,)`` at the leaves' values; ``None`` where not finite.
 
+        Args:
+            leaves: The parameters.
+            watch: Whether to look for parameters that are not among them.
+
         Raises:
-            ModelError: If the model or its data are at fault.
+            ModelError: If the model or its data are at fault, or new parameters appear.
             GuideMismatchError: If model and guide do not fit.
         """
         try:
-            value = self._loss_and_grads()
+            if watch:
+                touched, value = Leaves.touched_by(self._loss_and_grads)
+                _refuse_new(touched, leaves)
+            else:
+                value = self._loss_and_grads()
         except (ModelError, GuideMismatchError):
             raise
         except FAILURES:
@@ -105,3 +113,14 @@ class NoisyLoss:
                 f"{len(value)}. Use ReverseKL or one of Pyro's ELBOs."
             )
         return float(value)
+
+
+def _refuse_new(touched: Leaves, leaves: Leaves) -> None:
+    known = {id(leaf) for leaf in leaves.tensors}
+    new = [n for n, x in zip(touched.names, touched.tensors, strict=True) if id(x) not in known]
+    if new:
+        raise ModelError(
+            f"parameters {new} were not there at the first step. The solver optimises what the "
+            "objective touches at its first run: make all parameters there, those of a minibatch "
+            "as slices of one tensor for the whole plate."
+        )

@@ -67,7 +67,8 @@ def solve_stochastic(
     Raises:
         ValueError: If an argument is out of range, the objective touches no parameters, or
             ``state`` belongs to another problem.
-        TypeError: If the objective does not return one number.
+        TypeError: If the objective is no ELBO or does not return one number.
+        ModelError: If the model or its data are at fault, or parameters appear during the run.
         NonFiniteError: If the objective is not finite at the start, whatever the draws.
 
     Example:
@@ -91,6 +92,11 @@ def solve_stochastic(
     if not 0.0 < tolerance < math.inf:
         raise ValueError(
             f"tolerance must be positive, in units of the guide's sd; got {tolerance}."
+        )
+    if objective is not None and not hasattr(objective, "loss_and_grads"):
+        raise TypeError(
+            "objective must have loss and loss_and_grads, as pyro.infer.ELBO has; got "
+            f"{type(objective).__name__}."
         )
     if objective is None:
         is_fast = is_factorised(guide) and getattr(guide, "create_plates", None) is None

@@ -14,7 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 import pyro_mf as mf
-from pyro_mf._errors import ImproperWarning, NonFiniteError
+from pyro_mf._errors import ImproperWarning, ModelError, NonFiniteError
 from pyro_mf.solvers.leaves import Leaves
 from pyro_mf.solvers.noisy_loss import NoisyLoss
 from pyro_mf.solvers.steps import Steps
@@ -392,6 +392,24 @@ def test_a_loss_that_cannot_be_followed_diverges_with_the_best_parameters():
 def test_settings_out_of_range_are_refused(settings, match):
     with pytest.raises(ValueError, match=match):
         solve_stochastic(gaussian, mf.AutoMeanField(gaussian), **settings)
+
+
+def test_parameters_that_appear_during_the_run_are_refused():
+    calls = 0
+
+    def guide(x):
+        nonlocal calls
+        calls += 1
+        loc = pyro.param(f"loc_{calls > 6}", torch.tensor(0.0))
+        pyro.sample("mu", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ModelError, match=r"\['loc_True'\] were not there at the first step"):
+        solve_stochastic(subsampled, guide, (DATA,))
+
+
+def test_a_function_is_no_objective():
+    with pytest.raises(TypeError, match="must have loss and loss_and_grads"):
+        solve_stochastic(gaussian, mf.AutoMeanField(gaussian), objective=lambda *args: 0.0)
 
 
 def test_a_guide_without_parameters_is_refused():
