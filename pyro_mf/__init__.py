@@ -1,6 +1,6 @@
 """Mean-field variational inference for Pyro.
 
-A guide (:class:`AutoMeanField`), an objective for stock ``SVI`` (:class:`ReverseKL`), the model as
+One call that fits (:func:`fit`), and its parts: a guide (:class:`AutoMeanField`), an objective for stock ``SVI`` (:class:`ReverseKL`), the model as
 a captured density (:class:`LogJoint`), NUTS on it (:func:`run_nuts`), ArviZ results
 (:func:`from_pyro`, :func:`from_pyro_svi`), and the comparison of the two
 (:func:`compare_posteriors`, :func:`plot_comparison`).
@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from pyro_mf._errors import (
     CaptureWarning,
+    CheckpointError,
+    ConvergenceWarning,
     ConversionWarning,
+    DifferentDataWarning,
     GuideMismatchError,
     GuideNotSetUpError,
     ImproperWarning,
     KhatWarning,
+    LinearResponseError,
     MinibatchWarning,
     ModelError,
+    ModesWarning,
     NonFiniteError,
 )
 from pyro_mf.baselines import NUTSResult, run_nuts
 from pyro_mf.density import LogJoint
+from pyro_mf.fitting import FitResult, fit
 from pyro_mf.guides import AutoMeanField
 from pyro_mf.objectives import ReverseKL
 
@@ -37,19 +43,26 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoMeanField",
     "CaptureWarning",
+    "CheckpointError",
+    "ConvergenceWarning",
     "ConversionWarning",
+    "DifferentDataWarning",
+    "FitResult",
     "GuideMismatchError",
     "GuideNotSetUpError",
     "ImproperWarning",
     "KhatWarning",
+    "LinearResponseError",
     "LogJoint",
     "MinibatchWarning",
     "ModelError",
+    "ModesWarning",
     "NUTSResult",
     "NonFiniteError",
     "PosteriorComparison",
     "ReverseKL",
     "compare_posteriors",
+    "fit",
     "from_pyro",
     "from_pyro_svi",
     "plot_comparison",

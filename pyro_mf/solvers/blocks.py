@@ -12,10 +12,10 @@ from torch import Tensor
 from pyro_mf.density import LogJoint
 from pyro_mf.solvers.lockstep import Evaluate
 
-# Rows of a block: enough for the arithmetic to outweigh the overhead of an operation.
-_MAX_ROWS = 32
-# Memory of one block, where a gradient takes about as much again as the values it starts from.
-_BLOCK_BYTES = 128 * 2**20
+# Rows of a block: enough for the arithmetic to outweigh the overhead of its operations, and no
+# more, since a block is padded to its size. The bytes are those of the intermediate values, and
+# about what a processor keeps near by; a gradient takes as much again.
+_MAX_ROWS, _BLOCK_BYTES = 32, 4 * 2**20
 # Steps of finite differences, in units of posterior sds, as the rounding of the dtype asks.
 STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 
@@ -45,17 +45,31 @@ class Blocks:
         self.num_calls = 0
 
     @property
+    def is_costly(self) -> bool:
+        """Whether a draw takes so much arithmetic that each one counts."""
+        return self.num_rows < _MAX_ROWS
+
+    @property
     def size(self) -> int:
         """Length D of a row."""
         return self.log_joint.size
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log joint, shape ``(S,)``, and gradient, shape ``(S, D)``, at each row of ``z``."""
-        blocks = [self._block(rows) for rows in z.split(self.num_rows)]
+        blocks = [self._block(rows, self._evaluate) for rows in z.split(self.num_rows)]
         values, gradients = (torch.cat(parts) for parts in zip(*blocks, strict=True))
         bad = ~(torch.isfinite(values) & torch.isfinite(gradients).all(-1))
         values[bad], gradients[bad] = -torch.inf, 0.0
         return values, gradients
+
+    def values(self, z: Tensor) -> Tensor:
+        """Log joint at each row, shape ``(S,)``, without gradients where these are costly."""
+        if self.is_costly and self._evaluate == self.log_joint.value_and_grad:
+            with torch.no_grad():
+                parts = [self._block(rows, self._value)[0] for rows in z.split(self.num_rows)]
+            values = torch.cat(parts)
+            return torch.where(torch.isfinite(values), values, -torch.inf)
+        return self.value_and_grad(z)[0]
 
     def hessian_vector(self, z: Tensor, vectors: Tensor) -> Tensor:
         """Hessian at each row of ``z`` times a vector, by central differences of the gradient.
@@ -70,7 +84,10 @@ class Blocks:
         gradient = self.value_and_grad(both)[1]
         return (gradient[:count] - gradient[count:]) / (2 * step)
 
-    def _block(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _value(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.log_joint(z), torch.zeros_like(z)
+
+    def _block(self, rows: Tensor, evaluate: Evaluate) -> tuple[Tensor, Tensor]:
         count = len(rows)
         padding = self.num_rows - count
         if padding and self.log_joint.mode != "eager":
@@ -78,10 +95,10 @@ class Blocks:
         z = rows.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
         self.num_calls += 1
         try:
-            value, gradient = self._evaluate(z)
+            value, gradient = evaluate(z)
         except (RuntimeError, ValueError):  # an operation that raises at one of the rows
             if count == 1:
                 return rows.new_full((1,), -torch.inf), torch.zeros_like(rows[:1])
-            parts = [self._block(row[None]) for row in rows[:count]]
+            parts = [self._block(row[None], evaluate) for row in rows[:count]]
             return torch.cat([v for v, _ in parts]), torch.cat([g for _, g in parts])
         return value[:count].to(rows), gradient[:count].to(rows)

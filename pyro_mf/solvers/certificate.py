@@ -110,7 +110,7 @@ def certify(
     size, pairs = elbo.size, elbo.pair_gradients(x)
     gradient = pairs.mean(0)
     own = elbo.estimate(x)
-    epsilon = torch.finfo(elbo.blocks.log_joint.dtype).eps
+    epsilon = torch.finfo(elbo.dtype).eps
     shared = {
         "gap": own.elbo - fresh.elbo,
         "gap_se": math.hypot(own.se, fresh.se),

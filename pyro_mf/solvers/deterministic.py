@@ -25,6 +25,9 @@ from pyro_mf.solvers.scales import settle_scales
 from pyro_mf.solvers.start import check_gradient, curvature, find_starts
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
+# The first and the last of these where draws are costly: such posteriors have much data, and little
+# noise.
+_FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 16, 128
 # Log factor by which a scale may exceed what the curvature at the origin suggests.
 _RUNAWAY = math.log(1e4)
 
@@ -148,7 +151,8 @@ class _Run:
 
     def solve(self) -> tuple[Outcome, Tensor | None]:
         began, log_joint = time.perf_counter(), self.blocks.log_joint
-        draws = fixed_draws(_FRESH_DRAWS, self.blocks.size, seed=self.seed + 1_000_003)
+        num_fresh = _FRESH_COSTLY_DRAWS if self.blocks.is_costly else _FRESH_DRAWS
+        draws = fixed_draws(num_fresh, self.blocks.size, seed=self.seed + 1_000_003)
         self.fresh_elbo = FixedDrawELBO(self.blocks, draws)
         captured = log_joint.capture_seconds
         try:
@@ -178,16 +182,17 @@ class _Run:
 
     def _optimise(self) -> tuple[StopReason, str]:
         """Double the draws until the optimum has its certificate."""
-        elbo = self._objective(_FIRST_DRAWS)
+        elbo = self._objective(_FIRST_COSTLY_DRAWS if self.blocks.is_costly else _FIRST_DRAWS)
         starts = find_starts(elbo, self.origin, seed=self.seed)
         self._check_density(elbo, starts[0])
         x = self._best_of(elbo, starts)
         while True:
             x, curvature = polish(elbo, x)
-            self.x, self.fresh = x, self.fresh_elbo.estimate(x)
+            pairs = self.fresh_elbo.pair_elbos(x)
+            self.x, self.fresh = x, estimate_from(pairs)
             certificate = certify(elbo, x, curvature, self.fresh)
             if curvature is not None:
-                certificate = self._settle(x, certificate, curvature)
+                certificate = self._settle(x, pairs, certificate, curvature)
             self.certificate = certificate
             self.meter.elbo_se = self.fresh.se
             complaints = certificate.complaints(self.tolerance)
@@ -201,15 +206,17 @@ class _Run:
             elbo = self._objective(2 * elbo.num_draws)
             x = descend(elbo, x)
 
-    def _settle(self, x: Tensor, certificate: Certificate, curvature: Curvature) -> Certificate:
+    def _settle(
+        self, x: Tensor, pairs: Tensor, certificate: Certificate, curvature: Curvature
+    ) -> Certificate:
         """Take the scales of the expected curvature, unless fresh draws speak against them."""
         loc_noise, scale_noise = certificate.noise.chunk(2)
         settled, scale_noise = settle_scales(x, scale_noise, curvature)
-        pairs = self.fresh_elbo.pair_elbos(settled)
-        gain = estimate_from(pairs - self.fresh_elbo.pair_elbos(x))
+        settled_pairs = self.fresh_elbo.pair_elbos(settled)
+        gain = estimate_from(settled_pairs - pairs)
         if not gain.elbo > -2.0 * gain.se:
             return certificate
-        self.x, self.fresh = settled, estimate_from(pairs)
+        self.x, self.fresh = settled, estimate_from(settled_pairs)
         return replace(certificate, noise=torch.cat([loc_noise, scale_noise]))
 
     def _objective(self, num_draws: int) -> MeteredELBO:

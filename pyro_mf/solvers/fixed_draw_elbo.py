@@ -65,6 +65,11 @@ class FixedDrawELBO:
         self.size = draws.shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the density is computed; all else is in double precision."""
+        return self.blocks.log_joint.dtype
+
+    @property
     def num_draws(self) -> int:
         """Number of draws S."""
         return len(self.draws)
@@ -94,7 +99,7 @@ class FixedDrawELBO:
 
     def pair_elbos(self, x: Tensor) -> Tensor:
         """ELBO over each antithetic pair of draws, shape ``(S / 2,)``."""
-        values, _ = self._at_draws(x)
+        values = self.blocks.values(self._z(x))
         pairs = (values[: self.num_draws // 2] + values[self.num_draws // 2 :]) / 2
         return pairs + x[self.size :].sum() + self.size * _HALF_LOG_2PI_E
 

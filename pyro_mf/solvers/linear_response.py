@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError
@@ -115,6 +114,8 @@ def response_of(elbo: FixedDrawELBO, x: Tensor, elements: Tensor) -> LinearRespo
     Raises:
         LinearResponseError: If a system has no solution: the Hessian is not positive definite.
     """
+    from scipy.sparse.linalg import LinearOperator, cg  # late, as in minimise.py
+
     size = elbo.size
     metric = elbo.unit_metric(x)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 from pyro_mf.solvers.fixed_draw_elbo import Curvature, FixedDrawELBO
@@ -21,9 +20,12 @@ _MAX_ITERATIONS = 300
 # Renewals of the Hessian, and how many scales of a factor the optimum may be from where it was
 # computed.
 _MAX_POLISHES, _SAME_POINT = 4, 0.03
-# Latents up to which the Hessian is computed as a matrix, and over how many draws at most: it only
-# has to be known to a few percent.
-MAX_DENSE, _MAX_HESSIAN_DRAWS = 400, 128
+# Latents up to which the Hessian is computed as a matrix, and over how many draws at most, where
+# draws are cheap and where they are costly: it only has to be known to a few percent.
+MAX_DENSE, _HESSIAN_DRAWS, _COSTLY_HESSIAN_DRAWS = 400, 128, 8
+# Largest gradient in coordinates in which the Hessian is about the identity: what is left of it
+# after rounding.
+_GRADIENT = {torch.float64: 1e-5, torch.float32: 3e-3}
 
 
 def lbfgs(
@@ -51,6 +53,8 @@ def lbfgs(
     Returns:
         The best point, shape ``(n,)``.
     """
+    from scipy import optimize  # SciPy changes the warning filters when it is imported
+
     is_matrix = metric.dim() == 2
     last_finite = [0.0]
     best_value, best = math.inf, start
@@ -148,7 +152,7 @@ def descend(elbo: FixedDrawELBO, x: Tensor) -> Tensor:
         elbo.unit_metric(x),
         max_iterations=_MAX_ITERATIONS,
         gradient_tolerance=1e-3,
-        value_tolerance=1e-10,
+        value_tolerance=max(1e-10, 10.0 * torch.finfo(elbo.dtype).eps),
     )
 
 
@@ -163,17 +167,23 @@ def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Curvature | None]:
         The optimum, and the curvature there or so close by that it is the same; ``None`` where
         there are too many latents for a matrix.
     """
+    tolerance = _GRADIENT[elbo.dtype]
     if elbo.size > MAX_DENSE:
         metric = elbo.unit_metric(x)
-        x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=1000, gradient_tolerance=1e-4)
+        x = lbfgs(
+            elbo.value_and_gradient, x, metric, max_iterations=1000, gradient_tolerance=tolerance
+        )
         return x, None
-    sample = elbo.thinned(_MAX_HESSIAN_DRAWS) if elbo.num_draws > _MAX_HESSIAN_DRAWS else elbo
+    enough = _COSTLY_HESSIAN_DRAWS if elbo.blocks.is_costly else _HESSIAN_DRAWS
+    sample = elbo.thinned(enough) if elbo.num_draws > enough else elbo
     curvature = sample.curvature(x)
     for _ in range(_MAX_POLISHES):
         if not bool(torch.isfinite(curvature.hessian).all()):
             break
         metric, start = _inverse_root(curvature.hessian), x
-        x = lbfgs(elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=1e-5)
+        x = lbfgs(
+            elbo.value_and_gradient, x, metric, max_iterations=30, gradient_tolerance=tolerance
+        )
         if ((x - start) / elbo.unit_metric(x)).abs().max() < _SAME_POINT:
             break
         curvature = sample.curvature(x)

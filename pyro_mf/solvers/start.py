@@ -65,7 +65,7 @@ def check_gradient(elbo: FixedDrawELBO, x: Tensor) -> None:
     Raises:
         ModelError: If they differ.
     """
-    dtype = elbo.blocks.log_joint.dtype
+    dtype = elbo.dtype
     step = STEPS[dtype]
     generator = torch.Generator().manual_seed(0)
     metric = elbo.unit_metric(x)

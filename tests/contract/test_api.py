@@ -11,19 +11,30 @@ CALLABLE = {
     "LogJoint",
     "ReverseKL",
     "compare_posteriors",
+    "fit",
     "from_pyro",
     "from_pyro_svi",
     "plot_comparison",
     "run_nuts",
 }
-RETURNED = {"NUTSResult", "PosteriorComparison"}
-RAISED = {"ModelError", "GuideMismatchError", "GuideNotSetUpError", "NonFiniteError"}
+RETURNED = {"FitResult", "NUTSResult", "PosteriorComparison"}
+RAISED = {
+    "CheckpointError",
+    "GuideMismatchError",
+    "GuideNotSetUpError",
+    "LinearResponseError",
+    "ModelError",
+    "NonFiniteError",
+}
 WARNED = {
     "CaptureWarning",
+    "ConvergenceWarning",
     "ConversionWarning",
+    "DifferentDataWarning",
     "ImproperWarning",
     "KhatWarning",
     "MinibatchWarning",
+    "ModesWarning",
 }
 
 
