@@ -1,9 +1,9 @@
 """Mean-field variational inference for Pyro.
 
-One call that fits (:func:`fit`), and its parts: a guide (:class:`AutoMeanField`), an objective for stock ``SVI`` (:class:`ReverseKL`), the model as
-a captured density (:class:`LogJoint`), NUTS on it (:func:`run_nuts`), ArviZ results
-(:func:`from_pyro`, :func:`from_pyro_svi`), and the comparison of the two
-(:func:`compare_posteriors`, :func:`plot_comparison`).
+One call that fits (:func:`fit`) and its parts: a guide (:class:`AutoMeanField`), an objective for
+stock ``SVI`` (:class:`ReverseKL`), the model as a captured density (:class:`LogJoint`), NUTS on it
+(:func:`run_nuts`), ArviZ results (:func:`from_pyro`, :func:`from_pyro_svi`), and the comparison of
+the two (:func:`compare_posteriors`, :func:`plot_comparison`).
 """
 
 from __future__ import annotations
