@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 
 from pyro_mf._errors import CaptureWarning
 from pyro_mf.density.recorder import paused, record
-from pyro_mf.density.simplify import has_mutation, simplify
+from pyro_mf.density.simplify import has_mutation, replace_private_mutations, simplify
 
 Backend = Literal["auto", "graph", "compile", "eager"]
 BACKENDS: tuple[Backend, ...] = ("auto", "graph", "compile", "eager")
@@ -174,6 +174,7 @@ def capture_graph(fn: PureFunction, tensors: tuple[Tensor, ...]) -> GraphModule:
         # Tracing runs the model's own Python; what it warns about was said by the eager run.
         warnings.simplefilter("ignore")
         recording = record(fn, examples)
+        replace_private_mutations(recording)
         if has_mutation(recording):
             functional = torch.func.functionalize(recording.to_module(), remove="mutations")
             recording = record(functional, examples, _FUNCTIONAL)

@@ -91,6 +91,41 @@ def has_mutation(recording: Recording) -> bool:
     return any(_is_mutation(node) for node in recording.graph.nodes)
 
 
+def replace_private_mutations(recording: Recording) -> None:
+    """Turn in-place operations on tensors that share no memory into ordinary ones.
+
+    Torch makes some by itself, as in ``logsumexp``. Its own way to the same end works for all
+    mutations, and loads its compiler, which takes two seconds.
+    """
+    place = {node: number for number, node in enumerate(recording.graph.nodes)}
+    for node in recording.graph.nodes:
+        operation = _out_of_place(node) if _is_mutation(node) else None
+        changed = node.args[0] if operation else None
+        if not isinstance(changed, Node) or not _is_fresh(changed):
+            continue
+        earlier = [user for user in changed.users if place[user] < place[node]]
+        if all(map(_is_fresh, earlier)):  # none of them a view, which would see the change
+            node.target = operation
+            for user in [user for user in changed.users if place[user] > place[node]]:
+                user.replace_input_with(changed, node)
+
+
+def _out_of_place(node: Node) -> Any:
+    """The operation that returns what an in-place one writes, where torch has it."""
+    target: Any = node.target
+    name, overload = target._schema.name.split("::")[1], target._overloadname
+    packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
+    if packet is None or packet is _aten.copy or overload not in packet.overloads():
+        return None
+    return getattr(packet, overload)
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a node's result shares its memory with no other."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and all(r.alias_info is None for r in schema.returns)
+
+
 def simplify(recording: Recording) -> Recording:
     """Fold constants, drop nodes that change nothing, join equal ones, remove what is not used."""
     graph = recording.graph

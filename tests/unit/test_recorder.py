@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_mf.density.capture import GraphFunction, capture_graph
 from pyro_mf.density.recorder import Recording, paused, record
-from pyro_mf.density.simplify import has_mutation
+from pyro_mf.density.simplify import has_mutation, replace_private_mutations
 
 
 def in_place_on_a_constant(x: Tensor) -> tuple[Tensor, ...]:
@@ -18,6 +18,27 @@ def in_place_on_a_constant(x: Tensor) -> tuple[Tensor, ...]:
     total += x
     total[0] = 5.0
     return (total * 2,)
+
+
+def in_place_on_what_is_read_later(x: Tensor) -> tuple[Tensor, ...]:
+    y = x + 1.0
+    before = y * 3.0
+    y.log_()
+    return before, y * 2.0, y
+
+
+def in_place_under_a_view(x: Tensor) -> tuple[Tensor, ...]:
+    y = x + 1.0
+    view = y[1:]
+    y.mul_(2.0)
+    return view * 1.0, y
+
+
+def gradient_of_an_index(x: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        (g,) = torch.autograd.grad((x[torch.tensor([0, 0, 2])].exp()).sum(), x)
+    return (g,)
 
 
 def several_outputs(x: Tensor) -> tuple[Tensor, ...]:
@@ -39,19 +60,38 @@ def vectorised(x: Tensor) -> tuple[Tensor, ...]:
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    f.__name__: f for f in (in_place_on_a_constant, several_outputs, gradient, vectorised)
+    f.__name__: f
+    for f in (
+        in_place_on_a_constant,
+        in_place_on_what_is_read_later,
+        in_place_under_a_view,
+        gradient_of_an_index,
+        several_outputs,
+        gradient,
+        vectorised,
+    )
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_graph_equals_function_at_other_points_too(name: str) -> None:
     fn = FUNCTIONS[name]
-    graph = capture_graph(fn, (torch.randn(3),))
+    graph = capture_graph(fn, (torch.rand(3),))
     assert not has_mutation(Recording(graph.graph, {}))
     for _ in range(3):  # more than once: nothing may pile up in a constant
-        x = torch.randn(3)
+        x = torch.rand(3)
         for got, expected in zip(graph(x), fn(x), strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_private_mutations_need_no_functionalisation() -> None:
+    private = record(in_place_on_what_is_read_later, (torch.rand(3),))
+    assert has_mutation(private)
+    replace_private_mutations(private)
+    assert not has_mutation(private)
+    viewed = record(in_place_under_a_view, (torch.rand(3),))
+    replace_private_mutations(viewed)
+    assert has_mutation(viewed)
 
 
 def test_neutral_operations_and_equal_nodes_disappear() -> None:
