@@ -18,7 +18,8 @@ from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 
 # Draws per step: a graph computes a few at the price of one, Pyro's handlers do not.
 _PARTICLES_CAPTURED, _PARTICLES_TRACED = 8, 1
-_NUM_EVALUATIONS = 64
+# Evaluations of the ELBO at the end: so many at a time, until its error in nats is small.
+_NUM_EVALUATIONS, _MAX_EVALUATIONS, _SMALL_ERROR = 64, 512, 0.1
 
 
 def solve_stochastic(
@@ -165,16 +166,22 @@ def _notes(descent: Descent) -> list[str]:
 
 
 def _evaluate(loss: NoisyLoss) -> tuple[float, float]:
-    """ELBO and its standard error at fresh draws; NaN where it has none."""
-    values = []
+    """ELBO and its standard error at fresh draws; NaN where it has none.
+
+    Minibatches are noisy, so there are more evaluations where the error is not small after a few.
+    """
+    values: list[float] = []
+    elbo, elbo_se = math.nan, math.nan
     try:
-        for _ in range(_NUM_EVALUATIONS):
+        for tried in range(1, _MAX_EVALUATIONS + 1):
             value = loss.value()
             if value is not None:
                 values.append(-value)
-    except KeyboardInterrupt:
+            if tried % _NUM_EVALUATIONS == 0 and len(values) >= tried / 2:
+                estimates = torch.tensor(values, dtype=torch.float64)
+                elbo, elbo_se = float(estimates.mean()), float(estimates.std()) / len(values) ** 0.5
+                if elbo_se <= _SMALL_ERROR:
+                    break
+    except KeyboardInterrupt:  # with what there is
         pass
-    if len(values) < _NUM_EVALUATIONS / 2:
-        return math.nan, math.nan
-    elbo = torch.tensor(values, dtype=torch.float64)
-    return float(elbo.mean()), float(elbo.std()) / math.sqrt(len(values))
+    return elbo, elbo_se
