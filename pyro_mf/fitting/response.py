@@ -10,20 +10,22 @@ response has mended.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError, ModelError
-from pyro_mf.density import LogJoint
+from pyro_mf.density import Layout, LogJoint
 from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
-from pyro_mf.solvers.linear_response import LinearResponse, linear_response
+from pyro_mf.solvers.linear_response import LinearResponse, linear_response, response_of
+from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.outcome import Outcome
 
 _HESSIAN_DRAWS, _DRAWS = 64, 512
@@ -88,7 +90,51 @@ def _elbo(log_weights: Tensor) -> tuple[float, float]:
     return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))
 
 
+def respond_at(problem: Problem, sites: Sequence[str], *, seed: int) -> LinearResponse:
+    """Linear response of chosen sites, by conjugate gradients: for any number of latents.
+
+    Args:
+        problem: Model and trained guide.
+        sites: Names of latent sites.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If a site is not a latent of the guide.
+        LinearResponseError: If there is none at this optimum.
+    """
+    elbo, x = _objective(problem, seed)
+    return response_of(elbo, x, elements_of(problem.guide.layout, sites))
+
+
+def elements_of(layout: Layout, sites: Sequence[str]) -> Tensor:
+    """Positions of the elements of some sites in the flat vector.
+
+    Raises:
+        ValueError: If there is no such site.
+    """
+    known = [site.name for site in layout.sites]
+    unknown = [name for name in sites if name not in known]
+    if unknown or isinstance(sites, str) or not sites:
+        raise ValueError(f"sites must be a list of some of {known}; got {sites!r}.")
+    return torch.cat([torch.arange(layout[name].start, layout[name].stop) for name in sites])
+
+
 def _at_optimum(problem: Problem, seed: int) -> LinearResponse:
+    elbo, x = _objective(problem, seed)
+    if elbo.size > MAX_DENSE:
+        raise LinearResponseError(
+            f"with {elbo.size} latents it is computed for chosen sites only: name them, as in "
+            "result.linear_response(['site'])."
+        )
+    return linear_response(x[: elbo.size], elbo.curvature(x).hessian)
+
+
+def _objective(problem: Problem, seed: int) -> tuple[FixedDrawELBO, Tensor]:
+    """The fixed-draw ELBO of a fit, with its location and log scale.
+
+    Raises:
+        LinearResponseError: If the fit is not one of Normal factors to the full data.
+    """
     guide = problem.guide
     if not isinstance(guide, FlatGuide) or not isinstance(guide.family, Normal):
         raise LinearResponseError("linear response needs an AutoMeanField of Normal factors.")
@@ -98,4 +144,4 @@ def _at_optimum(problem: Problem, seed: int) -> LinearResponse:
         raise LinearResponseError(f"linear response needs the full data: {error}") from error
     loc, scale = (p.detach().double().cpu() for p in guide.flat_params())
     elbo = FixedDrawELBO(blocks, fixed_draws(_HESSIAN_DRAWS, len(loc), seed=seed))
-    return linear_response(loc, elbo.curvature(torch.cat([loc, scale.log()])).hessian)
+    return elbo, torch.cat([loc, scale.log()])

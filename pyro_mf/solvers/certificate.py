@@ -175,5 +175,8 @@ def _certify_by_diagonal(
         optimism=float((inverse * variance).sum()),
         **shared,
         response=None,
-        refusal=f"with {elbo.size} latents it is computed on request, for chosen latents",
+        refusal=(
+            f"with {elbo.size} latents it is computed for chosen sites only: name them, as in "
+            "result.linear_response(['site'])"
+        ),
     )

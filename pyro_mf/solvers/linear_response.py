@@ -56,6 +56,10 @@ class LinearResponse:
         factor: Tensor = torch.linalg.cholesky(self.covariance)
         return factor
 
+    def at(self, elements: Tensor) -> LinearResponse:
+        """The response of some elements alone, positions ``(k,)`` in the flat vector."""
+        return LinearResponse(self.loc[elements], self.covariance[elements][:, elements])
+
     def sample(self, num_draws: int, *, seed: int = 0) -> Tensor:
         """Draw flat unconstrained vectors, shape ``(num_draws, D)``."""
         generator = torch.Generator().manual_seed(seed)

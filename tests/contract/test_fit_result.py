@@ -1,7 +1,8 @@
-"""What a ``FitResult`` offers, for every kind of latent site; no solver runs."""
+"""What a ``FitResult`` offers, for every kind of latent site; nearly all without a solver."""
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
@@ -11,6 +12,7 @@ from pyro_mf._errors import LinearResponseError
 from pyro_mf.compare import compare_posteriors
 from pyro_mf.convert import from_pyro_svi, generations
 from pyro_mf.convert.guide_draws import draw_guide
+from pyro_mf.fitting import fit
 from pyro_mf.fitting.problem import read_problem
 from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum, current_params
@@ -202,3 +204,29 @@ class TestLinearResponseGuide:
         args, model = result.problem.model_args, result.problem.model
         data = from_pyro_svi(result.linear_response_guide(), args, model=model, num_draws=100)
         assert np.isfinite(generations.dataset(data, "sample_stats")["log_weight"]).all()
+
+
+def test_linear_response_of_chosen_sites():
+    def chain(size):
+        def model():
+            level = pyro.sample("level", dist.Normal(0.0, 2.0))
+            steps = dist.Normal(torch.zeros(size), 1.0).to_event(1)
+            noise = pyro.sample("noise", steps)
+            pyro.sample("sum", dist.Normal(level + noise.sum() / size, 0.1), obs=torch.tensor(1.0))
+
+        return model
+
+    small, large = fit(chain(5)), fit(chain(450))
+    part = small.linear_response(["noise", "level"])
+    whole = small.linear_response()
+    assert part.loc[-1] == whole.loc[0]
+    torch.testing.assert_close(part.covariance[:5, :5], whole.covariance[1:, 1:])
+    with pytest.raises(ValueError, match="sites must be a list of some of"):
+        small.linear_response(["nose"])
+    with pytest.raises(LinearResponseError, match="name them"):
+        large.linear_response()
+    assert large.summary()["sd_lr"].isna().all()
+    # Normal prior and Normal data: variance 1 / (1/4 + 1 / (0.01 + 1/450)) of the level
+    variance = 1.0 / (0.25 + 1.0 / (0.01 + 1.0 / 450))
+    found = large.linear_response(["level"])
+    assert float(found.sd[0]) == pytest.approx(variance**0.5, rel=1e-5)
