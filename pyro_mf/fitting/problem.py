@@ -115,3 +115,36 @@ def at_least(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}.")
     return value
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a solver may stop, and when it must.
+
+    Args:
+        tolerance: Error that the solver may leave in the result, in sds, positive.
+        max_gradients: Budget in gradient evaluations per start; ``None`` for the solver's own.
+
+    Raises:
+        TypeError: If one is no number, or the budget no integer.
+        ValueError: If one is not positive.
+    """
+
+    tolerance: float = 0.1
+    max_gradients: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, int | float):
+            raise TypeError(f"tolerance must be a number; got {self.tolerance!r}.")
+        if not 0.0 < self.tolerance < float("inf"):
+            raise ValueError(
+                "tolerance must be positive: the error that the solver may leave, in posterior "
+                f"sds; got {self.tolerance}."
+            )
+        if self.max_gradients is not None:
+            at_least("max_gradients", self.max_gradients, 1)
+
+    def options(self, budget: str) -> dict[str, Any]:
+        """Keyword arguments of a solver that calls its budget so."""
+        limits: dict[str, Any] = {"tolerance": self.tolerance}
+        return limits if self.max_gradients is None else limits | {budget: self.max_gradients}

@@ -245,23 +245,28 @@ class FitResult:
         return convert_result(self, linear_response=linear_response, **kwargs)
 
     def resume(
-        self, *, max_gradients: int | None = None, progress: bool | None = None
+        self,
+        *,
+        tolerance: float = 0.1,
+        max_gradients: int | None = None,
+        progress: bool | None = None,
     ) -> FitResult:
         """Go on where the stochastic solver stopped, as if it had not.
 
         The guide is trained further, so that of this result is, too.
 
         Args:
+            tolerance: As for :func:`~pyro_mf.fit`.
             max_gradients: Budget in gradient evaluations from here; by default the solver's own.
             progress: As for :func:`~pyro_mf.fit`.
 
         Raises:
-            TypeError: If ``max_gradients`` is no integer.
-            ValueError: If the solver was the deterministic one.
+            TypeError: If a number is of the wrong kind.
+            ValueError: If the solver was the deterministic one, or a number is not positive.
         """
         from pyro_mf.fitting.fit import resume
 
-        return resume(self, max_gradients=max_gradients, progress=progress)
+        return resume(self, tolerance=tolerance, max_gradients=max_gradients, progress=progress)
 
     def save(self, path: str | Path) -> None:
         """Write the fit to one file, whole or not at all.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.fitting.choice import Choice
-from pyro_mf.fitting.problem import Problem
+from pyro_mf.fitting.problem import Limits, Problem
 from pyro_mf.fitting.restarts import Optimum, best_of, current_params
 from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides.flat_guide import FlatGuide
@@ -29,7 +29,7 @@ def solve(
     choice: Choice,
     *,
     seed: int,
-    max_gradients: int | None,
+    limits: Limits,
     report: Report,
     disperse: bool = False,
     state: Mapping[str, Any] | None = None,
@@ -40,18 +40,16 @@ def solve(
         problem: What is to be solved.
         choice: The solver.
         seed: Seed of start and solver.
-        max_gradients: Budget; ``None`` for the solver's own.
+        limits: When it stops.
         report: Where progress goes.
         disperse: Start the stochastic solver at a random point.
         state: State of an earlier run of the stochastic solver, to go on from there.
     """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
-    budget: dict[str, Any]
     if choice.solver == "deterministic":
-        budget = {} if max_gradients is None else {"max_gradients": max_gradients}
-        outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **budget)
+        options = limits.options("max_gradients")
+        outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
     else:
-        budget = {} if max_gradients is None else {"max_steps": max_gradients}
         if disperse:
             guide.set_flat_params(_random_start(guide, seed))
         outcome = solve_stochastic(
@@ -63,7 +61,7 @@ def solve(
             seed=seed,
             report=report,
             state=state,
-            **budget,
+            **limits.options("max_steps"),
         )
     return Optimum(seed, outcome, current_params(guide))
 
@@ -74,7 +72,7 @@ def solve_from_starts(
     num: int,
     *,
     seed: int,
-    max_gradients: int | None,
+    limits: Limits,
     report_for: Callable[[str], Report],
 ) -> tuple[tuple[Optimum, ...], tuple[str, ...]]:
     """Run the solver from the guide's own start and from dispersed ones, until Ctrl-C.
@@ -84,7 +82,7 @@ def solve_from_starts(
         choice: The solver.
         num: Number of starts; more than one needs a guide of ours.
         seed: Seed of the first start, and of all others through it.
-        max_gradients: Budget of each start.
+        limits: When each start stops.
         report_for: Makes a report for a start from its label.
 
     Returns:
@@ -96,12 +94,12 @@ def solve_from_starts(
     """
     if num == 1:
         report = report_for("fit")
-        only = solve(problem, choice, seed=seed, max_gradients=max_gradients, report=report)
+        only = solve(problem, choice, seed=seed, limits=limits, report=report)
         return (only,), ()
     seeds = [seed + k for k in range(num)]
     reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]
     run = _together if choice.solver == "deterministic" else _one_by_one
-    ends = run(problem, choice, seeds, reports, max_gradients)
+    ends = run(problem, choice, seeds, reports, limits)
     failures = [(k, end) for k, end in enumerate(ends) if isinstance(end, Exception)]
     for _, error in failures:
         if len(failures) == len(ends) or not isinstance(error, _FAILURES):
@@ -116,11 +114,11 @@ def _together(
     choice: Choice,
     seeds: list[int],
     reports: list[Report],
-    max_gradients: int | None,
+    limits: Limits,
 ) -> list[Optimum | Exception]:
     """All starts at once, which takes little longer than one."""
-    budget = {} if max_gradients is None else {"max_gradients": max_gradients}
-    ends = solve_from_many(problem.log_joint, problem.guide, seeds, reports=reports, **budget)
+    options = limits.options("max_gradients")
+    ends = solve_from_many(problem.log_joint, problem.guide, seeds, reports=reports, **options)
     return [
         end if isinstance(end, Exception) else Optimum(seed, *end)
         for seed, end in zip(seeds, ends, strict=True)
@@ -132,7 +130,7 @@ def _one_by_one(
     choice: Choice,
     seeds: list[int],
     reports: list[Report],
-    max_gradients: int | None,
+    limits: Limits,
 ) -> list[Optimum | Exception]:
     """One start after another, the first from the guide's own values."""
     ends: list[Optimum | Exception] = []
@@ -144,7 +142,7 @@ def _one_by_one(
                 problem,
                 choice,
                 seed=seed,
-                max_gradients=max_gradients,
+                limits=limits,
                 report=report,
                 disperse=k > 0,
             )

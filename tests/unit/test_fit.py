@@ -305,6 +305,8 @@ class TestBadInput:
             ({"seed": None}, TypeError, "seed must be an integer; got None"),
             ({"seed": True}, TypeError, "seed must be an integer; got True"),
             ({"max_gradients": 0}, ValueError, "max_gradients must be at least 1"),
+            ({"tolerance": 0.0}, ValueError, "tolerance must be positive"),
+            ({"tolerance": "low"}, TypeError, "tolerance must be a number"),
             ({"guide": AutoMeanField}, TypeError, "got AutoMeanField"),
             ({"guide": THREE}, TypeError, "guide must be a guide for the model"),
             ({"family": "gaussian"}, ValueError, "Unknown family 'gaussian'"),
