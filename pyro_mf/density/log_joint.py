@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mf._errors import ModelError
 from pyro_mf.density.capture import Backend, PureFunction
 from pyro_mf.density.evaluation import Evaluation, evaluate
-from pyro_mf.density.footprint import allocated_bytes
+from pyro_mf.density.footprint import Footprint, measure
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Batch, Mode, Program, value_and_gradients
 from pyro_mf.density.sites import Layout
@@ -193,15 +193,15 @@ class LogJoint:
         return bool(torch.isfinite(value).all() and torch.isfinite(gradient).all())
 
     @cached_property
-    def bytes_per_draw(self) -> int:
-        """Bytes that one evaluation at one draw allocates, its gradient apart."""
+    def footprint(self) -> Footprint:
+        """What one evaluation at one draw allocates, its gradient apart."""
         z = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         inputs = self._inputs()
         try:
             with torch.no_grad():
-                return allocated_bytes(lambda: self.program.function.log_joint(z, inputs))
+                return measure(lambda: self.program.function.log_joint(z, inputs))
         except (RuntimeError, ValueError):  # no density there; what was made before is not known
-            return sum(x.nbytes for x in inputs.flat())
+            return Footprint(sum(x.nbytes for x in inputs.flat()), 1)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,9 +13,14 @@ from pyro_mf.density import LogJoint
 from pyro_mf.solvers.lockstep import Evaluate
 
 # Rows of a block: enough for the arithmetic to outweigh the overhead of its operations, and no
-# more, since a block is padded to its size. The bytes are those of the intermediate values, and
-# about what a processor keeps near by; a gradient takes as much again.
-_MAX_ROWS, _BLOCK_BYTES = 32, 4 * 2**20
+# more, since a block is padded to its size.
+_ROWS = 32
+# More of them as long as an operation makes no more than so many bytes, which it does in no more
+# time than it takes to be called.
+_MAX_ROWS, _OPERATION_BYTES = 128, 2**14
+# Fewer where the intermediate values would take more bytes than a processor keeps near by; a
+# gradient takes as much again.
+_BLOCK_BYTES = 4 * 2**20
 # Steps of finite differences, in units of posterior sds, as the rounding of the dtype asks.
 STEPS = {torch.float64: 1e-4, torch.float32: 1e-2}
 
@@ -32,6 +37,7 @@ class Blocks:
 
     Attributes:
         num_rows: Rows of a block.
+        is_costly: Whether a draw takes so much arithmetic that each one counts.
         num_calls: Blocks computed so far.
     """
 
@@ -40,14 +46,16 @@ class Blocks:
     ) -> None:
         self.log_joint = log_joint
         self._evaluate = evaluate or log_joint.value_and_grad
-        per_row = max(1, log_joint.bytes_per_draw) * num_sharing
-        self.num_rows = max(1, min(_MAX_ROWS, _BLOCK_BYTES // per_row))
+        num_bytes, num_operations = log_joint.footprint
+        num_bytes = max(1, num_bytes)
+        most = _BLOCK_BYTES // num_bytes
+        self.is_costly = most < _ROWS
+        if self.is_costly:
+            self.num_rows = max(1, most // num_sharing)
+        else:
+            cheap = _OPERATION_BYTES * num_operations // (num_bytes * num_sharing)
+            self.num_rows = max(_ROWS, min(cheap, _MAX_ROWS))
         self.num_calls = 0
-
-    @property
-    def is_costly(self) -> bool:
-        """Whether a draw takes so much arithmetic that each one counts."""
-        return self.num_rows < _MAX_ROWS
 
     @property
     def size(self) -> int:

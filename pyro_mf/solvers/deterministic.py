@@ -28,6 +28,8 @@ _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
 # The first and the last of these where draws are costly: such posteriors have much data, and little
 # noise.
 _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 16, 128
+# Nats of standard error from which on the ELBO is worth the more draws.
+_MAX_ELBO_SE = 0.3
 # Log factor by which a scale may exceed what the curvature at the origin suggests.
 _RUNAWAY = math.log(1e4)
 
@@ -151,9 +153,9 @@ class _Run:
 
     def solve(self) -> tuple[Outcome, Tensor | None]:
         began, log_joint = time.perf_counter(), self.blocks.log_joint
-        num_fresh = _FRESH_COSTLY_DRAWS if self.blocks.is_costly else _FRESH_DRAWS
-        draws = fixed_draws(num_fresh, self.blocks.size, seed=self.seed + 1_000_003)
-        self.fresh_elbo = FixedDrawELBO(self.blocks, draws)
+        self.fresh_elbo = self._fresh(
+            _FRESH_COSTLY_DRAWS if self.blocks.is_costly else _FRESH_DRAWS
+        )
         captured = log_joint.capture_seconds
         try:
             reason, message = self._optimise()
@@ -164,6 +166,8 @@ class _Run:
             reason, message = "interrupted", "interrupted by the user"
         if self.certificate is None:
             self._take_best()
+        elif self.fresh.se > _MAX_ELBO_SE and reason == "converged" and self.x is not None:
+            self.fresh = self._fresh(_FRESH_DRAWS).estimate(self.x)
         capture = log_joint.capture_seconds - captured
         certificate = self.certificate
         outcome = Outcome(
@@ -218,6 +222,11 @@ class _Run:
             return certificate
         self.x, self.fresh = settled, estimate_from(settled_pairs)
         return replace(certificate, noise=torch.cat([loc_noise, scale_noise]))
+
+    def _fresh(self, num_draws: int) -> FixedDrawELBO:
+        """The ELBO over draws that the solver does not optimise over."""
+        draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed + 1_000_003)
+        return FixedDrawELBO(self.blocks, draws)
 
     def _objective(self, num_draws: int) -> MeteredELBO:
         draws = fixed_draws(num_draws, self.blocks.size, seed=self.seed)

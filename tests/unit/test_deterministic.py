@@ -92,10 +92,12 @@ def test_rows_of_a_block_shrink_with_the_data() -> None:
         Blocks(LogJoint(regression, (x[:n], (x[:n, 0] > 0).to(x)))) for n in (1_000, 400_000)
     )
     assert small.num_rows == 32
-    assert large.num_rows * large.log_joint.bytes_per_draw <= max(
-        4 * 2**20, large.log_joint.bytes_per_draw
-    )
+    assert not small.is_costly
+    assert Blocks(LogJoint(funnel)).num_rows == 128
     assert large.is_costly
+    one = large.log_joint.footprint.num_bytes
+    assert 400_000 * 8 < one < 400_000 * 8 * 20
+    assert large.num_rows * one <= max(4 * 2**20, one)
 
 
 def test_a_draw_without_a_density_costs_nobody_else() -> None:
