@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,8 @@ _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
 # The first and the last of these where draws are costly: such posteriors have much data, and little
 # noise.
 _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 16, 128
+# Nats by which two ELBOs over the same draws may differ at one optimum.
+_SAME_ELBO = 0.05
 # Nats of standard error from which on the ELBO is worth the more draws.
 _MAX_ELBO_SE = 0.3
 # Log factor by which a scale may exceed what the curvature at the origin suggests.
@@ -187,9 +189,7 @@ class _Run:
     def _optimise(self) -> tuple[StopReason, str]:
         """Double the draws until the optimum has its certificate."""
         elbo = self._objective(_FIRST_COSTLY_DRAWS if self.blocks.is_costly else _FIRST_DRAWS)
-        starts = find_starts(elbo, self.origin, seed=self.seed)
-        self._check_density(elbo, starts[0])
-        x = self._best_of(elbo, starts)
+        x = self._best_of(elbo, find_starts(elbo, self.origin, seed=self.seed))
         while True:
             x, curvature = polish(elbo, x)
             pairs = self.fresh_elbo.pair_elbos(x)
@@ -245,25 +245,36 @@ class _Run:
             raise ModelError(f"{flat}. Its posterior is improper, and the ELBO has no maximum.")
         check_gradient(elbo, x)
 
-    def _best_of(self, elbo: MeteredELBO, starts: list[Tensor]) -> Tensor:
-        """Descend from every start; of several, keep the one with the best ELBO on fresh draws."""
-        if len(starts) == 1:
-            return descend(elbo, starts[0])
-        found = []
+    def _best_of(self, elbo: MeteredELBO, starts: Iterator[Tensor]) -> Tensor:
+        """Descend from one start after another, until the best ELBO has been reached twice.
+
+        Raises:
+            ModelError: If there is no start, or the density cannot be fitted.
+        """
+        found: list[Estimate] = []
+        best = -math.inf
         for start in starts:
+            if not found:
+                self._check_density(elbo, start)
             self.meter.best = None
             x = descend(elbo, start)
-            found.append((self.fresh_elbo.estimate(x), x))
-            self.x = max(found, key=lambda pair: pair[0].elbo)[1]  # for Ctrl-C
-        best = max(estimate.elbo for estimate, _ in found)
-        worse = [e.elbo for e, _ in found if e.elbo < best - max(1.0, 4.0 * e.se)]
+            estimate = self.fresh_elbo.estimate(x)
+            found.append(estimate)
+            agrees = abs(estimate.elbo - best) < _SAME_ELBO
+            if self.x is None or estimate.elbo > best:
+                self.x, best = x, estimate.elbo
+            if agrees:
+                break
+        worse = [e.elbo for e in found if e.elbo < best - max(1.0, 4.0 * e.se)]
         if worse:
             self.notes.append(
-                f"of {len(starts)} starts, {len(worse)} led to a worse optimum (ELBO "
+                f"of {len(found)} starts, {len(worse)} led to a worse optimum (ELBO "
                 f"{', '.join(f'{elbo:.1f}' for elbo in worse)} against {best:.1f}): the ELBO has "
                 "several optima, and num_restarts may find a better one"
             )
-        return max(found, key=lambda pair: pair[0].elbo)[1]
+        if self.x is None:
+            raise ModelError("no start has a finite log density.")
+        return self.x
 
     def _describe_optimum(self, num_draws: int, certificate: Certificate) -> str:
         return (

@@ -8,6 +8,7 @@ points of the path are to be tried, the first among them, each with scales from 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.minimise import lbfgs
 
 _PATH_STEPS = 30
+_ELSEWHERE = 500_009  # added to a seed for a random point that is not the origin's
 _ATTEMPTS = 12
 # Scales where the curvature says nothing, and the most and the least that a start may have.
 _FLAT_SCALE, _MIN_SCALE = 1.0, 1e-8
@@ -25,7 +27,7 @@ _FLAT_SCALE, _MIN_SCALE = 1.0, 1e-8
 _MAX_EXACT, _NUM_PROBES = 256, 16
 
 
-def find_starts(elbo: FixedDrawELBO, origin: Tensor | None, *, seed: int) -> list[Tensor]:
+def find_starts(elbo: FixedDrawELBO, origin: Tensor | None, *, seed: int) -> Iterator[Tensor]:
     """Points from which to optimise, each location and log scale, shape ``(2 D,)``.
 
     Args:
@@ -33,27 +35,32 @@ def find_starts(elbo: FixedDrawELBO, origin: Tensor | None, *, seed: int) -> lis
         origin: Where the way to the mode starts, shape ``(D,)``; ``None`` for a random point.
         seed: Seed of random points and probes.
 
-    Returns:
-        One point where the density has a mode that was reached; else several, along the way.
+    Yields:
+        One point where the density has a mode that was reached. Else several, each from elsewhere:
+        the first of the way, a random one, two more of the way, and its end.
 
     Raises:
         ModelError: If no point with a finite log joint was found.
     """
     blocks = elbo.blocks
     path = _path_to_mode(blocks, _finite_point(blocks, origin, seed))
-    final = curvature(blocks, path[-1], seed)
-    starts = [_with_scales(elbo, path[-1], final)]
-    if not _is_near_mode(blocks, path[-1], final):
-        others = [path[i] for i in _spread(len(path))]
-        others.append(_finite_point(blocks, None, seed))
-        starts += [_with_scales(elbo, z, curvature(blocks, z, seed)) for z in others]
-    finite = [x for x in starts if math.isfinite(elbo.value_and_gradient(x)[0])]
-    if not finite:
+    end, precision = path[-1], curvature(blocks, path[-1], seed)
+    found = 0
+    if not _is_near_mode(blocks, end, precision):
+        first, *rest = [path[i] for i in _spread(len(path))] or [end]
+        for z in (first, _finite_point(blocks, None, seed + _ELSEWHERE), *rest):
+            x = _with_scales(elbo, z, curvature(blocks, z, seed))
+            if math.isfinite(elbo.value_and_gradient(x)[0]):
+                found += 1
+                yield x
+    x = _with_scales(elbo, end, precision)
+    if math.isfinite(elbo.value_and_gradient(x)[0]):
+        yield x
+    elif not found:
         raise ModelError(
             "the log density is finite at a point but not around it, however close: no Normal "
             "factors fit there. Check the model for constraints that its supports do not state."
         )
-    return finite
 
 
 def check_gradient(elbo: FixedDrawELBO, x: Tensor) -> None:
