@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from pyro_mf._errors import ModelError
 from pyro_mf.density.prototype import run_prototype
 from pyro_mf.families import Normal
-from pyro_mf.fitting.differentiable import describe_missing_gradient
+from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradient
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.matching import check_same_sites
@@ -57,7 +57,10 @@ def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
         names = ", ".join(map(repr, SOLVERS))
         raise ValueError(f"solver must be one of {names}; got {solver!r}.")
     obstacle = _outside_model(problem) or _inside_model(problem)
-    missing = None if obstacle else describe_missing_gradient(problem.log_joint)
+    missing = None
+    if obstacle is None:
+        log_joint = problem.log_joint
+        missing = describe_missing_gradient(log_joint) or describe_jump(log_joint)
     if missing is not None:
         obstacle = f"the log density is not differentiable: {missing}; score gradients, slow"
     _set_up_guide(problem)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from pyro_mf.density import LogJoint
 from pyro_mf.density.capture import first_line
 from pyro_mf.density.program import value_and_gradients
+from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.solvers.draws import fixed_draws
+from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 
 # A step along a random direction, and how far slope and gradient may be apart, relative to the
 # larger. What is looked for is a missing part of the model, not the last digit.
 _STEP = {torch.float64: 1e-5, torch.float32: 1e-2}
 _TOLERANCE = 0.1
 _ROUNDING = 50.0  # in units of the rounding error of a difference
+# Draws and half the length of the way on which jumps are looked for, on the unconstrained space.
+_JUMP_DRAWS, _WAY = 16, 0.3
 
 
 def describe_missing_gradient(log_joint: LogJoint) -> str | None:
@@ -21,7 +28,7 @@ def describe_missing_gradient(log_joint: LogJoint) -> str | None:
 
     A model that leaves the graph (NumPy, ``.item()``, ``.detach()``, an operation without a
     derivative) still gives a number; its gradient lacks what was computed outside. Jumps, as
-    of ``torch.round``, are not seen.
+    of ``torch.round``, are seen by :func:`describe_jump`.
 
     Args:
         log_joint: The log density.
@@ -63,3 +70,38 @@ def _three_points(log_joint: LogJoint) -> tuple[Tensor, float]:
     point, direction = torch.randn(2, log_joint.size, generator=generator, dtype=torch.float64)
     rows = torch.stack([0.1 * point + k * step * direction for k in (-1, 0, 1)])
     return rows.to(log_joint.device, log_joint.dtype), step
+
+
+def describe_jump(log_joint: LogJoint) -> str | None:
+    """Compare the ELBO's change over a long way with the integral of its gradient.
+
+    At a point a jump is invisible and the gradient beside it right; over a way it is in the values
+    and not in the gradients. Where two rules of integration disagree the way is too long for them,
+    and nothing is said.
+
+    Args:
+        log_joint: The log density.
+
+    Returns:
+        Why the gradient cannot be right, or ``None`` where nothing speaks against it.
+    """
+    elbo = FixedDrawELBO(Blocks(log_joint), fixed_draws(_JUMP_DRAWS, log_joint.size))
+    generator = torch.Generator().manual_seed(7)
+    sign = torch.randint(0, 2, (2 * log_joint.size,), generator=generator)
+    direction = _WAY * (2.0 * sign.double() - 1.0)
+    points = [t * direction for t in (-1.0, -0.5, 0.0, 0.5, 1.0)]
+    values, gradients = zip(*map(elbo.value_and_gradient, points), strict=True)
+    if not all(map(math.isfinite, values)):
+        return None  # outside the density's domain, which is for the solver to see
+    slopes = [float(g @ direction) for g in gradients]
+    once = (slopes[0] + 4.0 * slopes[2] + slopes[4]) / 3.0  # Simpson's rule
+    twice = (slopes[0] + 4.0 * slopes[1] + 2.0 * slopes[2] + 4.0 * slopes[3] + slopes[4]) / 6.0
+    change = values[4] - values[0]
+    rounding = _ROUNDING * torch.finfo(log_joint.dtype).eps * max(map(abs, values))
+    is_resolved = abs(once - twice) < 0.02 * abs(twice) + rounding
+    if not is_resolved or abs(change - twice) <= 0.2 * max(abs(change), abs(twice)) + rounding:
+        return None
+    return (
+        f"along a way on which its mean changes by {change:.4g} its gradients add up to "
+        f"{twice:.4g}, as with rounding, comparisons and other jumps"
+    )

@@ -22,7 +22,7 @@ from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 from pyro_mf.solvers.scales import settle_scales
-from pyro_mf.solvers.start import check_gradient, curvature, find_starts
+from pyro_mf.solvers.start import curvature, describe_wrong_gradient, find_starts
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
 # The first and the last of these where draws are costly: such posteriors have much data, and little
@@ -243,7 +243,9 @@ class _Run:
         flat = self.blocks.log_joint.layout.describe_flat(gradients)
         if flat is not None:
             raise ModelError(f"{flat}. Its posterior is improper, and the ELBO has no maximum.")
-        check_gradient(elbo, x)
+        wrong = describe_wrong_gradient(elbo, x)
+        if wrong is not None:
+            raise ModelError(f"the gradient of the log density is not its derivative: {wrong}.")
 
     def _best_of(self, elbo: MeteredELBO, starts: Iterator[Tensor]) -> Tensor:
         """Descend from one start after another, until the best ELBO has been reached twice.

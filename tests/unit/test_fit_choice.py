@@ -12,7 +12,7 @@ from pyro_mf._errors import ConvergenceWarning, ModelError
 from pyro_mf.fitting import fit
 from pyro_mf.fitting import starts as starts_module
 from pyro_mf.fitting.choice import choose_solver
-from pyro_mf.fitting.differentiable import describe_missing_gradient
+from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradient
 from pyro_mf.fitting.problem import read_problem
 from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides import AutoMeanField
@@ -53,6 +53,12 @@ def detached(x):
     w = pyro.sample("w", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(w + z.detach(), 0.1), obs=x)
+
+
+def with_jumps(x):
+    z = pyro.sample("z", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal((3.0 * z).round() / 3.0 + 0.1 * z, 1.0), obs=x)
 
 
 class NoBackward(torch.autograd.Function):
@@ -99,6 +105,7 @@ def test_every_full_model_is_deterministic_and_every_minibatch_is_not(name):
         ),
         (through_numpy, {}, "not differentiable: along a random direction its slope is"),
         (detached, {}, "not differentiable: along a random direction its slope is"),
+        (with_jumps, {}, "not differentiable: along a way on which its mean changes by"),
         (without_backward, {}, "not differentiable: automatic differentiation fails .*no derivat"),
     ],
 )
@@ -125,12 +132,14 @@ def test_a_model_at_fault_is_refused_and_not_passed_on():
         choose(normal, ())
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_result_names_solver_and_reason():
     with pytest.warns(ConvergenceWarning):
         result = fit(learnable, (X,), max_gradients=30)
     assert "stochastic: the model has learnable parameters, such as 'scale'" in str(result)
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_stock_guide_on_minibatches_has_a_report():
     case = MODELS["subsampled plate"]
     guide = pyro.infer.autoguide.AutoNormal(case.model, create_plates=lambda x: plate)
@@ -162,6 +171,7 @@ def test_smooth_models_have_their_gradient_at_any_scale(model, dtype):
     try:
         log_joint = read_problem(model, (X.to(dtype).repeat(300),)).log_joint
         assert describe_missing_gradient(log_joint) is None
+        assert describe_jump(log_joint) is None
     finally:
         torch.set_default_dtype(torch.float64)
 
