@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, or they fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pytest
@@ -53,3 +55,9 @@ def clean_state(request):
         f"{name}: {given[name]} -> {left[name]}" for name in given if given[name] != left[name]
     ]
     assert not changed, f"the test left global state changed: {'; '.join(changed)}"
+
+
+@pytest.fixture
+def few_evaluations(monkeypatch):
+    """The ELBO at the end of a stochastic fit is not what the test is about: 64 draws at most."""
+    monkeypatch.setattr("pyro_mf.solvers.stochastic._MAX_EVALUATIONS", 64)

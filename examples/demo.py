@@ -112,7 +112,7 @@ def run(problem: Problem, out: Path, *, smoke: bool) -> None:
     laps = Laps()
     result = mf.fit(problem.model, problem.args)
     laps.end("fit")
-    short = {"num_samples": 100, "warmup_steps": 100, "num_chains": 2}
+    short = {"num_samples": 50, "warmup_steps": 50, "num_chains": 2}
     full = {"num_samples": 400, "warmup_steps": 200, "num_chains": 4}
     nuts = mf.run_nuts(
         problem.model,

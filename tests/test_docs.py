@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+import pyro_mf
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -30,7 +32,19 @@ def float32():
     torch.set_default_dtype(torch.float64)
 
 
-@pytest.mark.usefixtures("float32")
+@pytest.fixture
+def short_chains(monkeypatch):
+    """Enough draws to be compared with; what the pages say about the numbers is not tested here."""
+    whole = pyro_mf.run_nuts
+
+    def run_nuts(*args, num_samples=60, warmup_steps=60, **settings):
+        few, warmup = min(num_samples, 60), min(warmup_steps, 60)
+        return whole(*args, num_samples=few, warmup_steps=warmup, **settings)
+
+    monkeypatch.setattr(pyro_mf, "run_nuts", run_nuts)
+
+
+@pytest.mark.usefixtures("float32", "short_chains")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -162,14 +162,14 @@ def test_p3_inference_compilation_is_finite_and_improves():
     csis = CSIS(
         observable,
         guide,
-        pyro.optim.Adam({"lr": 0.1}),
+        pyro.optim.Adam({"lr": 0.3}),
         num_inference_samples=10,
         training_batch_size=20,
         validation_batch_size=50,
     )
     guide(observations={"x": torch.tensor(0.5)})
     before = csis.validation_loss()
-    for _ in range(60):
+    for _ in range(20):
         csis.step()
     after = csis.validation_loss()
     assert math.isfinite(before)

@@ -1,5 +1,7 @@
 """Measures between posteriors: exact where they are, and errors that mean what they say."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -80,6 +82,17 @@ def test_wasserstein_equals_the_library_with_unequal_numbers_of_draws():
     np.testing.assert_allclose(r["wasserstein"], expected)
 
 
+@functools.cache
+def repeated_runs():
+    """Measures of 100 runs with autocorrelated NUTS draws."""
+    rows = []
+    for seed in range(100):
+        nuts = result(x=autoregressive(seed, 4, 400, 0.8))
+        fit = result(x=0.3 + 0.6 * normal(1000 + seed, 1, 400))
+        rows.append(row(compare_posteriors(nuts, {"q": fit})))
+    return rows
+
+
 @pytest.mark.parametrize("measure", ["mean_error", "sd_ratio", "wasserstein"])
 def test_monte_carlo_errors_are_the_spread_over_repeated_runs(measure):
     """100 runs with autocorrelated NUTS draws: the sd over runs is known to 7 %, so z = 4 is 28 %.
@@ -87,12 +100,7 @@ def test_monte_carlo_errors_are_the_spread_over_repeated_runs(measure):
     The estimate of an effective sample size adds a few percent; ignoring the autocorrelation
     (effective size a ninth) would make the errors of the mean three times too small.
     """
-    seen = []
-    for seed in range(100):
-        nuts = result(x=autoregressive(seed, 4, 400, 0.8))
-        fit = result(x=0.3 + 0.6 * normal(1000 + seed, 1, 400))
-        r = row(compare_posteriors(nuts, {"q": fit}))
-        seen.append([r[measure], r[f"{measure}_mcse"]])
+    seen = [[r[measure], r[f"{measure}_mcse"]] for r in repeated_runs()]
     estimate, mcse = np.transpose(seen)
     assert estimate.std(ddof=1) == pytest.approx(mcse.mean(), rel=0.3)
 

@@ -116,6 +116,7 @@ class TestReproducible:
         assert torch.equal(first.guide.loc, second.guide.loc)
         assert first.losses == second.losses
 
+    @pytest.mark.usefixtures("few_evaluations")
     def test_stochastic_too(self):
         before = torch.get_rng_state()
         quick = {"solver": "stochastic", "max_gradients": 100}
@@ -267,6 +268,7 @@ class TestNotConverged:
         assert result.stop_reason == "budget"
 
 
+@pytest.mark.usefixtures("few_evaluations")
 class TestResume:
     def test_two_halves_are_the_whole(self):
         def steps(num):

@@ -66,6 +66,7 @@ def path(result, tmp_path):
     return tmp_path / "fit.pt"
 
 
+@pytest.mark.usefixtures("few_evaluations")
 class TestRoundTrip:
     def test_everything_comes_back(self, result, path):
         loaded = FitResult.load(path, model, (X,))

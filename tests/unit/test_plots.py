@@ -1,5 +1,7 @@
 """The picture of a comparison: what is in it, read back from the figure."""
 
+import functools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ def result(draws, mu):
     return wrap({"posterior": xr.Dataset(data)})
 
 
+@functools.cache
 def report(size=4, num_fits=2, shift=0.0, scale=0.5):
     rng = np.random.default_rng(0)
     theta, mu = rng.normal(size=(4, 100, size)), rng.normal(size=(4, 100))

@@ -254,6 +254,7 @@ def test_local_latents_of_a_subsampled_plate():
 # -- stopping, faults, state -------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_same_seed_same_bits_and_the_program_s_generators_are_left_alone():
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     guides = []
@@ -271,31 +272,37 @@ def test_same_seed_same_bits_and_the_program_s_generators_are_left_alone():
     assert (before[2] == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
-@pytest.mark.parametrize("first", [77, 250])
-def test_a_run_goes_on_from_its_state_with_the_same_bits(first):
+@pytest.mark.usefixtures("few_evaluations")
+def test_a_run_goes_on_from_its_state_with_the_same_bits():
     def run(steps, state=None):
         pyro.clear_param_store()
         guide = mf.AutoMeanField(subsampled)
         outcome = solve_stochastic(subsampled, guide, (DATA,), max_steps=steps, state=state)
         return outcome, torch.cat(guide.flat_params())
 
+    def restored(state):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
     whole, expected = run(300)
-    part, _ = run(first)
-    file = io.BytesIO()
-    torch.save(part.state, file)
-    file.seek(0)
-    rest, found = run(300 - first, torch.load(file, weights_only=True))
+    part, _ = run(77)  # in the search
+    part, _ = run(250 - 77, restored(part.state))  # in the averaging
+    rest, found = run(300 - 250, restored(part.state))
     assert torch.equal(found, expected)
     assert rest.losses == whole.losses
     assert rest.elbo == whole.elbo
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_a_state_of_other_parameters_is_refused():
     state = solve_stochastic(gaussian, mf.AutoMeanField(gaussian), max_steps=5).state
     with pytest.raises(ValueError, match="the state belongs to parameters"):
         solve_stochastic(subsampled, mf.AutoMeanField(subsampled), (DATA,), state=state)
 
 
+@pytest.mark.usefixtures("few_evaluations")
 @pytest.mark.parametrize("at", [3, 900])
 def test_an_interrupt_keeps_the_best_so_far(at):
     calls = 0
@@ -317,6 +324,7 @@ def test_an_interrupt_keeps_the_best_so_far(at):
         assert abs(guide.locs["mu"].item()) < 0.5 * 41**-0.5
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_stock_svi_goes_on_after_a_fit():
     guide = mf.AutoMeanField(subsampled)
     solve_stochastic(subsampled, guide, (DATA,), max_steps=50)
@@ -341,6 +349,7 @@ def test_an_improper_posterior_is_told():
     assert all(bool(torch.isfinite(p).all()) for p in guide.flat_params())
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_draws_without_a_finite_density_are_passed_over():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -363,6 +372,7 @@ def test_a_density_that_is_nowhere_finite_is_refused(objective):
         solve_stochastic(model, guide, objective=objective)
 
 
+@pytest.mark.usefixtures("few_evaluations")
 def test_a_loss_that_cannot_be_followed_diverges_with_the_best_parameters():
     class Breaks(mf.ReverseKL):
         calls = 0
