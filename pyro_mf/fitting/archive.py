@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
 from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum, current_params
+from pyro_mf.fitting.saved import Saved, parse
 from pyro_mf.guides.flat_guide import FlatGuide
-from pyro_mf.solvers.linear_response import LinearResponse
-from pyro_mf.solvers.outcome import Outcome
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
@@ -68,16 +67,6 @@ def save_result(result: FitResult, path: Path) -> None:
     )
 
 
-class _Saved(NamedTuple):
-    """A file's content, read as far as that needs no model."""
-
-    guide: dict[str, Any]
-    data: str
-    model_params: dict[str, Tensor]
-    restarts: tuple[Optimum, ...]
-    fields: dict[str, Any]
-
-
 def load_result(
     path: Path,
     model: Any,
@@ -92,7 +81,7 @@ def load_result(
     """
     from pyro_mf.fitting.result import FitResult
 
-    saved = _parse(path, read_file(path))
+    saved = parse(path, read_file(path))
     is_flat = saved.guide["kind"] == "flat"
     if guide is None and not (is_flat and saved.guide["family"] in FAMILIES):
         raise CheckpointError(
@@ -120,19 +109,6 @@ def load_result(
     return FitResult(problem=problem, restarts=restarts, **saved.fields)
 
 
-def _parse(path: Path, content: dict[str, Any]) -> _Saved:
-    try:
-        restarts = tuple(map(_optimum, content["restarts"]))
-        restarts[content["best"]]
-        fields = {name: content[name] for name in _FIELDS}
-        fields |= {"notes": tuple(content["notes"]), "response": _response(content["response"])}
-        return _Saved(content["guide"], content["data"], content["model_params"], restarts, fields)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"'{path}' lacks a part of a fit ({type(error).__name__}: {error}). Save it again."
-        ) from error
-
-
 def _entry(optimum: Optimum) -> dict[str, Any]:
     outcome = optimum.outcome
     return {
@@ -141,12 +117,6 @@ def _entry(optimum: Optimum) -> dict[str, Any]:
         **{name: getattr(outcome, name) for name in _OUTCOME},
         "losses": torch.tensor(outcome.losses, dtype=torch.float64),
     }
-
-
-def _optimum(entry: dict[str, Any]) -> Optimum:
-    fields = {name: entry[name] for name in _OUTCOME}
-    fields |= {"losses": tuple(entry["losses"].tolist()), "notes": tuple(entry["notes"])}
-    return Optimum(entry["seed"], Outcome(**fields), tuple(entry["params"]))
 
 
 def _response_content(response: Response | None) -> dict[str, Any] | None:
@@ -159,13 +129,6 @@ def _response_content(response: Response | None) -> dict[str, Any] | None:
         "elbo": response.elbo,
         "elbo_se": response.elbo_se,
     }
-
-
-def _response(content: dict[str, Any] | None) -> Response | None:
-    if content is None:
-        return None
-    found = None if content["found"] is None else LinearResponse(**content["found"])
-    return Response(**(content | {"found": found}))
 
 
 def _guide_content(guide: Any) -> dict[str, Any]:
@@ -181,7 +144,7 @@ def _guide_content(guide: Any) -> dict[str, Any]:
     )
 
 
-def _restore_guide(path: Path, problem: Problem, saved: _Saved) -> None:
+def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
     if (saved.guide["kind"] == "flat") != isinstance(guide, FlatGuide):
         raise CheckpointError(
@@ -195,12 +158,19 @@ def _restore_guide(path: Path, problem: Problem, saved: _Saved) -> None:
                 f"'{path}' holds a fit of another model: {_difference(saved.guide['sites'], sites)}"
                 ". Give the model, and data of the size, that were fitted."
             )
-        guide.set_flat_params(saved.restarts[saved.fields["best"]].params)
+        best = saved.restarts[saved.fields["best"]].params
+        try:
+            guide.set_flat_params(best)
+        except (ValueError, RuntimeError) as error:  # another number of them, or a negative scale
+            raise CheckpointError(
+                f"'{path}' holds no parameters of an AutoMeanField of family "
+                f"'{guide.family.name}': {error}"
+            ) from error
         return
     guide(*args, **kwargs)  # Pyro's own make their parameters when they first run
     try:
         guide.load_state_dict(saved.guide["state"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"'{path}' holds a fit of another guide or model: {error}") from error
 
 

@@ -31,9 +31,15 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: If there is anything else in it.
+        IsADirectoryError: If the path is that of a folder.
+        OSError: If its folder does not exist, or nothing can be written there.
     """
     plain = as_plain({"format": FORMAT, "version": VERSION, **content})
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    _refuse_folder(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:  # names the temporary file, which nobody asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save(plain, file)
@@ -51,15 +57,28 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is cut short, none of ours, holds anything but tensors, numbers and
-            strings, or is of a newer version.
+        IsADirectoryError: If the path is that of a folder.
+        CheckpointError: If it is cut short, damaged, none of ours, holds anything but tensors,
+            numbers and strings, or is of a newer version.
     """
+    _refuse_folder(path)
     with path.open("rb") as file:
         magic = file.read(2)
     if not zipfile.is_zipfile(path):
         cut = magic in (b"", b"PK")
         what = "is cut short or damaged" if cut else "is no file that FitResult.save wrote"
         raise CheckpointError(f"'{path}' {what}. Save the fit again, or fit anew.")
+    damaged = (
+        f"'{path}' is cut short or damaged, or is no file that FitResult.save wrote. Save the fit "
+        "again, or fit anew."
+    )
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            bad = archive.testzip()
+    except Exception as error:  # bytes that anybody may have changed raise anything
+        raise CheckpointError(damaged) from error
+    if bad is not None:
+        raise CheckpointError(damaged)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -67,16 +86,19 @@ def read_file(path: Path) -> dict[str, Any]:
             f"'{path}' holds other things than tensors, numbers and strings, which could run code "
             "when they are read; nothing was run. Only files that FitResult.save wrote are read."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{path}' is cut short or damaged, or is no file that FitResult.save wrote. Save the "
-            "fit again, or fit anew."
-        ) from error
+    except Exception as error:  # as above
+        raise CheckpointError(damaged) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"'{path}' is no file that FitResult.save wrote.")
-    if content["version"] > VERSION:
+    version = content.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise CheckpointError(
-            f"'{path}' was written by a newer version of pyro_mf (format {content['version']}; "
+            f"'{path}' is damaged: its format should be a number from 1 to {VERSION}; got "
+            f"{version!r}. Save the fit again, or fit anew."
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"'{path}' was written by a newer version of pyro_mf (format {version}; "
             f"this one reads up to {VERSION}). Update pyro_mf."
         )
     return content
@@ -106,6 +128,11 @@ def as_plain(value: Any) -> Any:
         f"a saved fit holds tensors, numbers, strings, lists and mappings; got "
         f"{type(value).__name__}: {value!r}."
     )
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder. Give the path of a file.")
 
 
 def _umask() -> int:

@@ -235,8 +235,82 @@ class TestRefused:
         content = torch.load(path, weights_only=True)
         del content["restarts"][0]["elbo"]
         torch.save(content, path)
-        with pytest.raises(CheckpointError, match="lacks a part of a fit .*elbo"):
+        with pytest.raises(CheckpointError, match="lacks a part of a fit.*elbo"):
             FitResult.load(path, model, (X,))
+
+    def test_a_flipped_bit(self, path):
+        whole = path.read_bytes()
+        scale = torch.load(path, weights_only=True)["restarts"][0]["params"][1]
+        start = whole.find(scale.numpy().tobytes())
+        assert start > 0
+        for bit in (0, 5, 12, 50):
+            content = bytearray(whole)
+            content[start + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(bytes(content))
+            with pytest.raises(CheckpointError, match="cut short or damaged"):
+                FitResult.load(path, model, (X,))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"version": None},
+            {"version": "x"},
+            {"version": True},
+            {"version": 0},
+            {"best": -1},
+            {"best": 2},
+            {"best": True},
+            {"solver": "other"},
+            {"seed": "x"},
+            {"seconds": None},
+            {"seconds": {"fit": "x"}},
+            {"notes": "abc"},
+            {"guide": {}},
+            {"guide": {"class": "AutoMeanField", "kind": "flat", "family": "normal"}},
+            {"guide": {"class": "A", "kind": "flat", "family": "normal", "sites": [["z", 1]]}},
+            {"guide": {"class": "A", "kind": "other", "family": "normal", "sites": []}},
+            {"guide": []},
+            {"data": None},
+            {"model_params": {"a": 1.0}},
+            {"response": {"found": {"loc": X, "covariance": X}, "refusal": ""}},
+            {"response": {"found": {"loc": X, "other": X}, "refusal": "", "elbo": 0.0}},
+            {"restarts": []},
+            {"restarts": {}},
+            {"restarts": [1.0]},
+        ],
+    )
+    def test_a_part_is_something_else(self, path, change):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | change, path)
+        with pytest.raises(CheckpointError):
+            FitResult.load(path, model, (X,))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"stop_reason": "foo"},
+            {"params": []},
+            {"params": [X[:2]]},
+            {"params": [X[:2], -torch.ones(2)]},
+            {"params": [X, X]},
+            {"losses": 1.0},
+            {"elbo": "x"},
+            {"num_gradients": None},
+            {"state": None},
+        ],
+    )
+    def test_a_part_of_a_restart_is_something_else(self, path, change):
+        content = torch.load(path, weights_only=True)
+        content["restarts"] = [entry | change for entry in content["restarts"]]
+        torch.save(content, path)
+        with pytest.raises(CheckpointError):
+            FitResult.load(path, model, (X,))
+
+    def test_a_folder(self, result, tmp_path):
+        with pytest.raises(IsADirectoryError, match="is a folder. Give the path of a file"):
+            FitResult.load(tmp_path, model, (X,))
+        with pytest.raises(IsADirectoryError, match="is a folder. Give the path of a file"):
+            result.save(tmp_path)
 
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
@@ -256,6 +330,10 @@ class TestWriting:
             result.save(path)
         assert path.read_bytes() == old
         assert list(path.parent.iterdir()) == [path]
+
+    def test_no_folder(self, result, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"none/fit\.pt'$"):
+            result.save(tmp_path / "none" / "fit.pt")
 
     def test_what_is_no_data_is_refused(self):
         with pytest.raises(TypeError, match="got function"):
