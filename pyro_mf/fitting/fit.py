@@ -10,8 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pyro.infer import ELBO
 
+from pyro_mf import _pyro
 from pyro_mf._errors import ConvergenceWarning, ModesWarning
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.families import Family
@@ -74,8 +76,8 @@ def fit(
     Raises:
         TypeError: If model or guide cannot be called, ``model_args`` is no tuple, the objective is
             no ELBO, or a number is no integer.
-        ValueError: If a number is out of range, the solver is unknown or cannot serve, or restarts
-            are asked of a guide that they cannot start anew.
+        ValueError: If a number is out of range, the solver is unknown or cannot serve, restarts are
+            asked of a guide that they cannot start anew, or Pyro's effect handlers are around.
         ModelError: If the model or its data are at fault.
         GuideMismatchError: If the guide belongs to another model.
 
@@ -106,7 +108,17 @@ def fit(
             f"num_restarts={num_restarts} needs an AutoMeanField, which fit can start anew; the "
             f"guide is {type(problem.guide).__name__}. Call fit once per guide and seed instead."
         )
-    with forked_seed(seed), ProgressBar(shown=progress) as bar:
+    if _pyro.handlers_around():
+        raise ValueError(
+            "fit was called inside Pyro's effect handlers, which it would not honour. Wrap the "
+            "model instead, as in fit(poutine.condition(model, data), ...)."
+        )
+    with (
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+        forked_seed(seed),
+        ProgressBar(shown=progress) as bar,
+    ):
         begin = time.perf_counter()
         bar(Progress("reading the model", 0, math.nan, math.nan))
         choice = choose_solver(problem, solver)

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError, ModelError
-from pyro_mf.density import Layout, LogJoint
+from pyro_mf.density import Layout
 from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.draws import fixed_draws
-from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
+from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO, estimate_from
 from pyro_mf.solvers.linear_response import LinearResponse, linear_response, response_of
 from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.outcome import Outcome
 
-_HESSIAN_DRAWS, _DRAWS = 64, 512
+_HESSIAN_DRAWS, _DRAWS, _COSTLY_DRAWS = 64, 512, 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,28 +66,21 @@ def respond(problem: Problem, outcome: Outcome, *, seed: int) -> Response:
     """
     if outcome.refusal:
         return Response(None, outcome.refusal)
+    if outcome.response is None and not outcome.converged:
+        refusal = "the fit ended before an optimum, and there is no linear response elsewhere"
+        return Response(None, refusal)
     try:
         found = outcome.response or _at_optimum(problem, seed)
     except LinearResponseError as error:
         return Response(None, str(error))
-    log_weights = _log_weights(problem.log_joint, found, seed)
-    return Response(found, "", *_elbo(log_weights))
-
-
-def _log_weights(log_joint: LogJoint, response: LinearResponse, seed: int) -> Tensor:
-    """Log joint minus log density of the Gaussian, at antithetic draws from it, ``(S,)``."""
-    size = len(response.loc)
-    noise = fixed_draws(_DRAWS, size, seed=seed).to(response.loc)
-    values, _ = Blocks(log_joint).value_and_grad(response.loc + noise @ response.scale_tril.mT)
-    log_det = response.scale_tril.diagonal().log().sum()
-    return values + 0.5 * noise.square().sum(1) + log_det + size / 2 * math.log(2 * math.pi)
-
-
-def _elbo(log_weights: Tensor) -> tuple[float, float]:
-    if not bool(torch.isfinite(log_weights).all()):
-        return -math.inf, math.nan
-    pairs = torch.stack(log_weights.chunk(2)).mean(0)
-    return float(pairs.mean()), float(pairs.std()) / math.sqrt(len(pairs))
+    blocks = Blocks(problem.log_joint)
+    num_draws = _COSTLY_DRAWS if blocks.is_costly else _DRAWS
+    draws = fixed_draws(num_draws, len(found.loc), seed=seed + 1_000_003)
+    loc, covariance = found.loc.double().cpu(), found.covariance.double().cpu()
+    elbos = FixedDrawELBO(blocks, draws).response_elbos(LinearResponse(loc, covariance))
+    if not bool(torch.isfinite(elbos).all()):
+        return Response(found, "", -math.inf, math.nan)
+    return Response(found, "", *estimate_from(elbos))
 
 
 def respond_at(problem: Problem, sites: Sequence[str], *, seed: int) -> LinearResponse:

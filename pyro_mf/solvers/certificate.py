@@ -25,9 +25,10 @@ class Certificate:
     Args:
         decrement: Newton decrement: nats that the objective could still fall, by its quadratic
             model; infinite where the Hessian is not positive definite.
-        noise: Standard error that the fixed draws put on each location, in posterior sds (those of
-            linear response), and on each log scale, shape ``(2 D,)``; NaN where the Hessian is not
-            positive definite.
+        noise: Standard error that the fixed draws put on each location and on each log scale,
+            shape ``(2 D,)``; NaN where the Hessian is not positive definite.
+        sd: Standard deviations of the latents as they are believed to be, shape ``(D,)``: what the
+            noise of a location is measured in.
         optimism: Nats by which the ELBO over the draws it was optimised over is expected to exceed
             that over fresh ones.
         gap: By how many nats it does.
@@ -39,6 +40,7 @@ class Certificate:
 
     decrement: float
     noise: Tensor
+    sd: Tensor
     optimism: float
     gap: float
     gap_se: float
@@ -48,17 +50,13 @@ class Certificate:
 
     @property
     def loc_noise(self) -> float:
-        """Largest standard error of a location, in posterior sds."""
-        return float(self.noise[: len(self.noise) // 2].max())
+        """Largest standard error of a location, in the sds that are believed."""
+        return float((self.noise.chunk(2)[0] / self.sd).max())
 
     @property
     def scale_noise(self) -> float:
         """Largest relative standard error of a scale."""
-        return float(self.noise[len(self.noise) // 2 :].max())
-
-    def passes(self, tolerance: float) -> bool:
-        """Whether the point is the optimum, and its draws were enough."""
-        return not self.complaints(tolerance)
+        return float(self.noise.chunk(2)[1].max())
 
     def complaints(self, tolerance: float) -> list[str]:
         """What is wrong with the point, in words with the numbers.
@@ -73,21 +71,25 @@ class Certificate:
                 "mass where the density is zero, so the ELBO is minus infinity"
             ]
         found = []
-        if not self.decrement < self.max_decrement:
-            found.append(
-                f"it is {self.decrement:.2g} nats from an optimum"
-                if math.isfinite(self.decrement)
-                else "the Hessian is not positive definite, so it is no strict optimum"
-            )
-        if self.loc_noise > tolerance:
-            found.append(f"the fixed draws move a location by {self.loc_noise:.2f} posterior sds")
-        if self.scale_noise > tolerance:
-            found.append(f"the fixed draws change a scale by {self.scale_noise:.0%}")
+        if math.isinf(self.decrement):
+            found.append("the Hessian is not positive definite, so it is no strict optimum")
+        elif not self.decrement < self.max_decrement:
+            found.append(f"it is {self.decrement:.2g} nats from an optimum")
+        else:
+            found += self._noise_complaints(tolerance)
         if not self.gap < 2.0 * self.optimism + _MAX_Z * self.gap_se:
             found.append(
                 f"on fresh draws the ELBO is {self.gap:.3g} nats lower, "
                 f"where {self.optimism:.2g} \u00b1 {self.gap_se:.2g} is expected"
             )
+        return found
+
+    def _noise_complaints(self, tolerance: float) -> list[str]:
+        found = []
+        if not self.loc_noise <= tolerance:
+            found.append(f"the draws move a location by {self.loc_noise:.2g} posterior sds")
+        if not self.scale_noise <= tolerance:
+            found.append(f"the draws change a scale by {100.0 * self.scale_noise:.2g} %")
         return found
 
 
@@ -119,32 +121,37 @@ def certify(
     scatter = len(pairs) * (len(pairs) - 1)
     if curvature is None:
         return _certify_by_diagonal(elbo, x, pairs, shared)
-    hessian, refusal = curvature.hessian, _smoothness_refusal(x, curvature)
+    hessian, scale = curvature.hessian, x[size:].exp()
     try:
         response = linear_response(x[:size], hessian)
     except LinearResponseError as error:
         nowhere = torch.full_like(x, torch.nan)
-        refusal = refusal or str(error)
-        return Certificate(math.inf, nowhere, 0.0, **shared, response=None, refusal=refusal)
+        return Certificate(
+            math.inf, nowhere, scale, 0.0, **shared, response=None, refusal=str(error)
+        )
     centred = (pairs - gradient).T
     moved = torch.linalg.solve(hessian, centred)
     noise = (moved.square().sum(1) / scatter).sqrt()
-    noise[:size] /= response.sd
     return Certificate(
         decrement=0.5 * float(gradient @ torch.linalg.solve(hessian, gradient)),
         noise=noise,
+        sd=torch.minimum(response.sd, scale),
         optimism=float((moved * centred).sum()) / scatter,
         **shared,
-        response=None if refusal else response,
-        refusal=refusal,
+        response=response,
+        refusal="",
     )
 
 
-def _smoothness_refusal(x: Tensor, curvature: Curvature) -> str:
+def describe_kinks(x: Tensor, curvature: Curvature) -> str:
     """Why second derivatives do not describe the density, empty if they do.
 
     Price's theorem equates a factor's precision with the mean second derivative. It fails at kinks,
     which have all their curvature in one point.
+
+    Args:
+        x: Location and log scale at the optimum, shape ``(2 D,)``.
+        curvature: Second derivatives there.
     """
     ratio = curvature.precision.mean(0) * (2.0 * x[len(x) // 2 :]).exp()
     worst = float(torch.where(ratio < 1.0, 1.0 / ratio.clamp_min(1e-12), ratio).max())
@@ -153,7 +160,7 @@ def _smoothness_refusal(x: Tensor, curvature: Curvature) -> str:
     return (
         f"the second derivatives at the draws are off by a factor of {worst:.2g} from the "
         "curvature that the gradients show, so there is no linear response: the log density has "
-        "kinks or jumps, or the fixed draws are too few"
+        "kinks or jumps"
     )
 
 
@@ -171,7 +178,8 @@ def _certify_by_diagonal(
     variance = (pairs - gradient).square().sum(0) / (len(pairs) * (len(pairs) - 1))
     return Certificate(
         decrement=0.5 * float((inverse * gradient.square()).sum()),
-        noise=inverse * variance.sqrt() / torch.cat([scale, torch.ones_like(scale)]),
+        noise=inverse * variance.sqrt(),
+        sd=scale,
         optimism=float((inverse * variance).sum()),
         **shared,
         response=None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.averaging import Accuracy, Average, compare, extrapolate, stationary_average
-from pyro_mf.solvers.leaves import Leaves
+from pyro_mf.solvers.leaves import Leaves, relative_names
 from pyro_mf.solvers.noisy_loss import NoisyLoss
 from pyro_mf.solvers.outcome import Progress
 from pyro_mf.solvers.steps import Steps
@@ -275,7 +275,10 @@ class Descent:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         names, shapes = list(self._leaves.names), self._leaves.shapes
-        if [state.get("names"), state.get("shapes")] != [names, shapes]:
+        theirs, ours = (
+            relative_names(n, self._loss.guide) for n in (state.get("names", ()), names)
+        )
+        if [theirs, state.get("shapes")] != [ours, shapes]:
             raise ValueError(
                 f"the state belongs to parameters {state.get('names')} of shapes "
                 f"{state.get('shapes')}; here they are {names} of shapes {shapes}. Give the model "

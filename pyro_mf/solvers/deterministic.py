@@ -14,15 +14,16 @@ from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.blocks import Blocks
-from pyro_mf.solvers.certificate import Certificate, certify
+from pyro_mf.solvers.certificate import Certificate, certify, describe_kinks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO, estimate_from
+from pyro_mf.solvers.improper import describe_loose, describe_runaway
 from pyro_mf.solvers.lockstep import Evaluate, run_in_lockstep
 from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 from pyro_mf.solvers.scales import settle_scales
-from pyro_mf.solvers.start import curvature, describe_wrong_gradient, find_starts
+from pyro_mf.solvers.start import describe_wrong_gradient, find_starts
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 32, 512, 512
 # The first and the last of these where draws are costly: such posteriors have much data, and little
@@ -32,8 +33,6 @@ _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 16, 128
 _SAME_ELBO = 0.05
 # Nats of standard error from which on the ELBO is worth the more draws.
 _MAX_ELBO_SE = 0.3
-# Log factor by which a scale may exceed what the curvature at the origin suggests.
-_RUNAWAY = math.log(1e4)
 
 
 def solve_deterministic(
@@ -122,7 +121,12 @@ def solve_from_many(
     share = (time.perf_counter() - began) / count
     found: list[tuple[Outcome, tuple[Tensor, ...]] | Exception] = []
     for end in ended:
-        if isinstance(end, Exception):
+        if isinstance(end, KeyboardInterrupt):
+            found.append(ModelError("interrupted before it had a point to keep"))
+            continue
+        if isinstance(end, BaseException):
+            if not isinstance(end, Exception):
+                raise end
             found.append(end)
             continue
         outcome, x = end
@@ -192,36 +196,55 @@ class _Run:
         x = self._best_of(elbo, find_starts(elbo, self.origin, seed=self.seed))
         while True:
             x, curvature = polish(elbo, x)
-            pairs = self.fresh_elbo.pair_elbos(x)
-            self.x, self.fresh = x, estimate_from(pairs)
-            certificate = certify(elbo, x, curvature, self.fresh)
-            if curvature is not None:
-                certificate = self._settle(x, pairs, certificate, curvature)
-            self.certificate = certificate
-            self.meter.elbo_se = self.fresh.se
+            certificate = self._examine(elbo, x, curvature)
             complaints = certificate.complaints(self.tolerance)
             if not complaints:
                 return "converged", self._describe_optimum(elbo.num_draws, certificate)
-            runaway = self._runaway(x) if math.isinf(certificate.decrement) else []
+            is_loose = math.isinf(certificate.decrement)
+            runaway = describe_runaway(self.blocks, x, seed=self.seed) if is_loose else ""
             if runaway:
-                return "diverged", _describe_runaway(runaway)
+                return "diverged", runaway
             if elbo.num_draws >= _MAX_DRAWS:
-                return "budget", f"with {elbo.num_draws} fixed draws {', and '.join(complaints)}"
+                ending = f"with {elbo.num_draws} fixed draws {', and '.join(complaints)}"
+                if is_loose and curvature is not None:
+                    ending += f". {describe_loose(self.blocks, curvature)}"
+                return "budget", ending
             elbo = self._objective(2 * elbo.num_draws)
             x = descend(elbo, x)
 
+    def _examine(self, elbo: FixedDrawELBO, x: Tensor, curvature: Curvature | None) -> Certificate:
+        """Certify an optimum, settle its scales, and keep it unless a better point is known."""
+        pairs = self.fresh_elbo.pair_elbos(x)
+        certificate = certify(elbo, x, curvature, estimate_from(pairs))
+        if curvature is not None:
+            x, pairs, certificate = self._settle(x, pairs, certificate, curvature)
+        if certificate.response is not None:
+            gain = estimate_from(self.fresh_elbo.response_elbos(certificate.response) - pairs)
+            if gain.elbo > 0.0:
+                certificate = replace(certificate, sd=certificate.response.sd)
+        fresh = estimate_from(pairs)
+        is_worse = fresh.elbo < self.fresh.elbo - max(1.0, 4.0 * self.fresh.se)
+        if self.x is None or not is_worse or not certificate.complaints(self.tolerance):
+            self.x, self.fresh, self.certificate = x, fresh, certificate
+        self.meter.elbo_se = fresh.se
+        return certificate
+
     def _settle(
         self, x: Tensor, pairs: Tensor, certificate: Certificate, curvature: Curvature
-    ) -> Certificate:
+    ) -> tuple[Tensor, Tensor, Certificate]:
         """Take the scales of the expected curvature, unless fresh draws speak against them."""
         loc_noise, scale_noise = certificate.noise.chunk(2)
         settled, scale_noise = settle_scales(x, scale_noise, curvature)
         settled_pairs = self.fresh_elbo.pair_elbos(settled)
         gain = estimate_from(settled_pairs - pairs)
-        if not gain.elbo > -2.0 * gain.se:
-            return certificate
-        self.x, self.fresh = settled, estimate_from(settled_pairs)
-        return replace(certificate, noise=torch.cat([loc_noise, scale_noise]))
+        if gain.elbo > -2.0 * gain.se:
+            noise = torch.cat([loc_noise, scale_noise])
+            return settled, settled_pairs, replace(certificate, noise=noise)
+        kinks = describe_kinks(x, curvature)
+        if kinks:
+            scale = x[len(loc_noise) :].exp()
+            certificate = replace(certificate, response=None, refusal=kinks, sd=scale)
+        return x, pairs, certificate
 
     def _fresh(self, num_draws: int) -> FixedDrawELBO:
         """The ELBO over draws that the solver does not optimise over."""
@@ -264,15 +287,16 @@ class _Run:
             found.append(estimate)
             agrees = abs(estimate.elbo - best) < _SAME_ELBO
             if self.x is None or estimate.elbo > best:
-                self.x, best = x, estimate.elbo
+                self.x, self.fresh, best = x, estimate, estimate.elbo
             if agrees:
                 break
         worse = [e.elbo for e in found if e.elbo < best - max(1.0, 4.0 * e.se)]
         if worse:
             self.notes.append(
-                f"of {len(found)} starts, {len(worse)} led to a worse optimum (ELBO "
-                f"{', '.join(f'{elbo:.1f}' for elbo in worse)} against {best:.1f}): the ELBO has "
-                "several optima, and num_restarts may find a better one"
+                f"of {len(found)} starts, {len(worse)} stopped lower (ELBO "
+                f"{', '.join(f'{elbo:.1f}' for elbo in worse)} against {best:.1f}): their "
+                "descents had not ended, or the ELBO has several optima and num_restarts may find "
+                "a better one"
             )
         if self.x is None:
             raise ModelError("no start has a finite log density.")
@@ -281,17 +305,9 @@ class _Run:
     def _describe_optimum(self, num_draws: int, certificate: Certificate) -> str:
         return (
             f"the optimum over {num_draws} fixed draws: {certificate.decrement:.1g} nats from it, "
-            f"locations within {certificate.loc_noise:.2f} sds and scales within "
+            f"locations within {certificate.loc_noise:.2f} of the sds to believe and scales within "
             f"{certificate.scale_noise:.0%} because of the draws, the same ELBO on fresh draws"
         )
-
-    def _runaway(self, x: Tensor) -> list[str]:
-        """Latents whose scales are out of all proportion to the curvature at the origin."""
-        size = self.blocks.size
-        known = curvature(self.blocks, torch.zeros_like(x[:size]), self.seed).clamp_min(1e-12)
-        growth = x[size:] + 0.5 * known.log()
-        names = self.blocks.log_joint.layout.element_names()
-        return [name for name, g in zip(names, growth.tolist(), strict=True) if g > _RUNAWAY]
 
     def _take_best(self) -> None:
         """Of the points that a run without a certificate has seen, take the best on fresh draws."""
@@ -300,11 +316,3 @@ class _Run:
         if known:
             estimates = [(self.fresh_elbo.estimate(x), x) for x in known]
             self.fresh, self.x = max(estimates, key=lambda pair: pair[0].elbo)
-
-
-def _describe_runaway(names: list[str]) -> str:
-    return (
-        f"the ELBO grows without bound as the scale of {', '.join(names[:3])} does: the posterior "
-        "looks improper. Give it a proper prior, or look for data that leave it undetermined "
-        "(separable classes, collinear predictors)"
-    )

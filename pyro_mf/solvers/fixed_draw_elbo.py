@@ -11,12 +11,15 @@ precision. Its derivatives need only gradients of the log joint at the S draws.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_mf.solvers.blocks import Blocks
+
+if TYPE_CHECKING:
+    from pyro_mf.solvers.linear_response import LinearResponse
 
 _HALF_LOG_2PI_E = 0.5 * math.log(2.0 * math.pi * math.e)
 
@@ -92,16 +95,23 @@ class FixedDrawELBO:
         return value, self._chain(x, gradients).mean(0)
 
     def thinned(self, num_draws: int) -> FixedDrawELBO:
-        """The ELBO over the first so many of the draws and their negatives."""
-        first, second = self.draws.chunk(2)
-        half = num_draws // 2
-        return FixedDrawELBO(self.blocks, torch.cat([first[:half], second[:half]]))
+        """The ELBO over so many of the draws and their negatives, stretched to unit moments."""
+        half = self.draws[: num_draws // 2]
+        half = half / half.square().mean(0).sqrt()
+        return FixedDrawELBO(self.blocks, torch.cat([half, -half]))
 
     def pair_elbos(self, x: Tensor) -> Tensor:
         """ELBO over each antithetic pair of draws, shape ``(S / 2,)``."""
         values = self.blocks.values(self._z(x))
         pairs = (values[: self.num_draws // 2] + values[self.num_draws // 2 :]) / 2
         return pairs + x[self.size :].sum() + self.size * _HALF_LOG_2PI_E
+
+    def response_elbos(self, response: LinearResponse) -> Tensor:
+        """The same with the Gaussian of linear response in place of the factors, ``(S / 2,)``."""
+        factor = response.scale_tril
+        values = self.blocks.values(response.loc + self.draws @ factor.T)
+        pairs = torch.stack(values.chunk(2)).mean(0)
+        return pairs + factor.diagonal().log().sum() + self.size * _HALF_LOG_2PI_E
 
     def estimate(self, x: Tensor) -> Estimate:
         """ELBO and the standard error that the antithetic pairs give it."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,3 +114,19 @@ class Leaves:
                 return f"{name}{where}" if where else name
             index -= leaf.numel()
         raise IndexError(index)
+
+
+def relative_names(names: Sequence[str], guide: Any) -> list[str]:
+    """Parameters' names without the number that Pyro gives the second guide of a class.
+
+    Args:
+        names: Names of parameters, guide's and model's alike.
+        guide: The guide, or one like it of another process.
+
+    Example:
+        >>> from pyro_mf import AutoMeanField
+        >>> relative_names(["AutoMeanField_2.loc", "tau"], AutoMeanField(lambda: None))
+        ['AutoMeanField.loc', 'tau']
+    """
+    own = type(guide).__name__
+    return [re.sub(rf"^{re.escape(own)}_\d+\.", f"{own}.", name) for name in names]

@@ -34,7 +34,7 @@ class Lockstep:
         self._count = count
         self._active = set(range(count))
         self._asked: dict[int, Tensor] = {}
-        self._answers: dict[int, tuple[Tensor, Tensor] | Exception] = {}
+        self._answers: dict[int, tuple[Tensor, Tensor] | BaseException] = {}
         self._to_interrupt: set[int] = set()
         self._changed = threading.Condition()
 
@@ -58,7 +58,7 @@ class Lockstep:
                 self._answers.pop(member, None)
                 raise KeyboardInterrupt
             answer = self._answers.pop(member)
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
@@ -83,7 +83,7 @@ class Lockstep:
         rows += rows[-1:] * (self._count - len(rows))  # one size, one graph
         try:
             values, gradients = self._function(torch.cat(rows))
-        except Exception as error:
+        except BaseException as error:
             self._answers |= dict.fromkeys(members, error)
         else:
             parts = zip(values.split(count), gradients.split(count), strict=True)
@@ -94,7 +94,7 @@ class Lockstep:
 def run_in_lockstep(
     function: Evaluate,
     jobs: Sequence[Callable[[Evaluate], T]],
-) -> list[T | Exception]:
+) -> list[T | BaseException]:
     """Run jobs that each call one function, with their calls computed together.
 
     Args:
@@ -111,18 +111,20 @@ def run_in_lockstep(
     def work(member: int) -> None:
         try:
             results[member] = jobs[member](lambda z: lockstep.evaluate(member, z))
-        except Exception as error:
+        except BaseException as error:
             results[member] = error
         finally:
             lockstep.leave(member)
 
     threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            try:
-                thread.join(_POLL_SECONDS)
-            except KeyboardInterrupt:
-                lockstep.interrupt()
+    waiting = list(threads)
+    while waiting:
+        try:
+            for thread in threads:
+                if thread.ident is None:
+                    thread.start()
+            waiting[0].join(_POLL_SECONDS)
+            waiting = [thread for thread in waiting if thread.is_alive()]
+        except KeyboardInterrupt:
+            lockstep.interrupt()
     return results

@@ -22,7 +22,7 @@ _MAX_ITERATIONS = 300
 _MAX_POLISHES, _SAME_POINT = 4, 0.03
 # Latents up to which the Hessian is computed as a matrix, and over how many draws at most, where
 # draws are cheap and where they are costly: it only has to be known to a few percent.
-MAX_DENSE, _HESSIAN_DRAWS, _COSTLY_HESSIAN_DRAWS = 400, 128, 8
+MAX_DENSE, _HESSIAN_DRAWS, _COSTLY_HESSIAN_DRAWS = 400, 128, 16
 # Largest gradient in coordinates in which the Hessian is about the identity: what is left of it
 # after rounding.
 _GRADIENT = {torch.float64: 1e-5, torch.float32: 3e-3}
@@ -187,7 +187,13 @@ def polish(elbo: FixedDrawELBO, x: Tensor) -> tuple[Tensor, Curvature | None]:
         if ((x - start) / elbo.unit_metric(x)).abs().max() < _SAME_POINT:
             break
         curvature = sample.curvature(x)
+    if sample is not elbo and not _is_positive_definite(curvature.hessian):
+        curvature = elbo.curvature(x)  # that of other draws is no evidence against these
     return x, curvature
+
+
+def _is_positive_definite(matrix: Tensor) -> bool:
+    return bool(torch.isfinite(matrix).all()) and int(torch.linalg.cholesky_ex(matrix).info) == 0
 
 
 def _inverse_root(hessian: Tensor) -> Tensor:

@@ -145,13 +145,10 @@ def test_sandwich_formula() -> None:
         x, curvature = polish(elbo, x)
         certificate = certify(elbo, x, curvature, elbo.estimate(x))
         found.append(x)
-        scale = torch.cat([certificate.response.sd, torch.ones(size)])
-        predicted.append(certificate.noise * scale)
+        predicted.append(certificate.noise)
     observed = torch.stack(found).std(0)
     ratio = observed / torch.stack(predicted).square().mean(0).sqrt()
-    assert (
-        float((ratio - 1.0).abs().max()) < 4 * 0.06 + 0.05
-    )  # 0.05: 64 draws are not infinitely many
+    assert float((ratio - 1.0).abs().max()) < 4 * 0.09
     ours = []
     for seed in range(15):
         elbo = FixedDrawELBO(blocks, fixed_draws(64, size, seed=seed))

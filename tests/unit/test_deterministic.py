@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pyro
@@ -166,6 +167,40 @@ def test_funnel() -> None:
     assert float(outcome.response.sd[0]) == pytest.approx(3.0, rel=1e-3)
 
 
+def test_correlation_of_nearly_one_keeps_its_linear_response() -> None:
+    """Fixed draws leave such scales far off, which is no kink; seeds agree in the true sds."""
+    base = torch.randn(200, 1)
+    x = 100.0 + base + 1e-3 * torch.randn(200, 6)
+    y = (torch.rand(200) < torch.sigmoid(base[:, 0])).to(x)
+    first, loc, _ = solve(regression, x, y, seed=0)
+    second, other, _ = solve(regression, x, y, seed=1)
+    assert first.converged
+    assert second.converged
+    assert first.refusal == second.refusal == ""
+    assert float(((loc - other) / first.response.sd).abs().max()) < 0.3
+
+
+def test_noise_is_measured_in_the_sds_that_are_believed() -> None:
+    """Linear response inflates a horseshoe's global scale; its sd is no yardstick there."""
+    x = torch.randn(60, 10)
+    y = 2.0 * x[:, 0] + torch.randn(60)
+
+    def horseshoe(x, y):
+        tau = pyro.sample("tau", dist.HalfCauchy(0.1))
+        with pyro.plate("p", 10):
+            local = pyro.sample("local", dist.HalfCauchy(1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 60):
+            pyro.sample("y", dist.Normal(x @ (b * local * tau), 1.0), obs=y)
+
+    ends = [solve(horseshoe, x, y, seed=seed) for seed in range(3)]
+    done = [(loc, scale) for outcome, loc, scale in ends if outcome.converged]
+    for (a, scale), (b, _) in itertools.pairwise(done):
+        assert float(((a - b) / scale).abs().max()) < 0.5
+    for outcome, _, _ in ends:
+        assert outcome.converged or "sds" in outcome.message or "scale" in outcome.message
+
+
 def test_a_symmetric_start_between_two_modes_is_left() -> None:
     """The gradient at the origin is zero; staying there costs 0.87 nats."""
 
@@ -222,6 +257,14 @@ def test_separable_classes_run_away() -> None:
     assert bool(torch.isfinite(loc).all())
     proper, _, _ = solve(regression, x, (x[:, 0] > 0).to(x))
     assert proper.converged
+
+
+def test_latents_that_are_loose_together_are_named() -> None:
+    x = torch.randn(30)
+    y = (torch.rand(30) < 0.5).to(x)
+    outcome, _, _ = solve(improper_regression, torch.stack([x, x], 1), y)
+    assert outcome.stop_reason in ("budget", "diverged")
+    assert "weight[0], weight[1]" in outcome.message
 
 
 def test_flat_latent_is_refused() -> None:
@@ -371,6 +414,22 @@ def test_a_start_that_fails_does_not_hold_up_the_others() -> None:
     results = run_in_lockstep(lambda z: (z.sum(-1), z), [succeed, fail, succeed])
     assert results[0] == results[2] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert isinstance(results[1], ModelError)
+
+
+def test_an_interrupt_inside_the_density_reaches_all_and_hangs_nobody() -> None:
+    calls = []
+
+    def density(z):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return z.sum(-1), z
+
+    def job(evaluate):
+        return [float(evaluate(torch.ones(1, 1))[0]) for _ in range(3)]
+
+    results = run_in_lockstep(density, [job, job])
+    assert all(isinstance(r, KeyboardInterrupt) for r in results)
 
 
 def test_guides_locations_are_the_start() -> None:

@@ -370,3 +370,21 @@ def test_losses_are_of_every_iteration(fitted):
     assert len(fitted.losses) > 0
     assert np.isfinite(fitted.losses).all()
     assert math.isclose(min(fitted.losses), -fitted.elbo, abs_tol=10 * fitted.elbo_se + 1.0)
+
+
+def test_handlers_around_fit_are_refused_and_around_the_model_honoured():
+    with pyro.poutine.scale(scale=2.0), pytest.raises(ValueError, match="Wrap the model"):
+        fit(normal, (THREE,))
+    doubled = fit(pyro.poutine.scale(normal, 2.0), (THREE,))
+    plain = fit(normal, (THREE,))
+    assert doubled.elbo != pytest.approx(plain.elbo, abs=0.1)
+
+
+def test_gradient_modes_around_fit_do_not_matter():
+    expected = fit(normal, (THREE,)).guide.loc.detach()
+    with torch.no_grad():
+        assert torch.equal(fit(normal, (THREE,)).guide.loc, expected)
+    with torch.inference_mode():
+        result = fit(normal, (THREE,))
+    assert result.solver == "deterministic"
+    torch.testing.assert_close(result.guide.loc.detach(), expected)
