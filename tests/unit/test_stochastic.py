@@ -296,6 +296,15 @@ def test_a_run_goes_on_from_its_state_with_the_same_bits():
 
 
 @pytest.mark.usefixtures("few_evaluations")
+def test_a_state_of_another_guide_of_the_class_is_taken():
+    first, second = mf.AutoMeanField(gaussian), mf.AutoMeanField(gaussian)
+    part, again = (solve_stochastic(gaussian, guide, max_steps=5) for guide in (first, second))
+    assert part.state["names"] != again.state["names"]
+    rest = solve_stochastic(gaussian, second, max_steps=5, state=part.state)
+    assert rest.losses[:5] == part.losses
+    assert len(rest.losses) == 10
+
+
 def test_a_state_of_other_parameters_is_refused():
     state = solve_stochastic(gaussian, mf.AutoMeanField(gaussian), max_steps=5).state
     with pytest.raises(ValueError, match="the state belongs to parameters"):
