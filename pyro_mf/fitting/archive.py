@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,16 +20,18 @@ from torch.utils._pytree import tree_flatten
 from pyro_mf._errors import (
     CheckpointError,
     DifferentDataWarning,
+    ModelError,
 )
+from pyro_mf.convert.guide_draws import draw_guide
 from pyro_mf.convert.vectorise import forked_seed
-from pyro_mf.density import Layout
+from pyro_mf.density import Layout, LogJoint
 from pyro_mf.density.prototype import run_prototype
 from pyro_mf.families import FAMILIES
 from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
 from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum, current_params
-from pyro_mf.fitting.saved import Saved, parse
+from pyro_mf.fitting.saved import Densities, Saved, parse
 from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ _OUTCOME = (
     "refusal",
     "state",
 )
+_ROUNDING = {torch.float64: 1e-6}  # of a log joint, relative, on another device
+_COARSE_ROUNDING = 1e-3  # in any other dtype
 _FIELDS = ("solver", "reason", "seed", "best", "seconds", "notes")
 
 
@@ -60,6 +65,7 @@ def save_result(result: FitResult, path: Path) -> None:
             "guide": _guide_content(problem.guide),
             "data": _digest(problem.model_args, problem.model_kwargs),
             "model_params": dict(prototype.params),
+            "densities": _densities_content(problem),
             "restarts": [_entry(optimum) for optimum in result.restarts],
             "response": _response_content(result.response),
             **{name: getattr(result, name) for name in _FIELDS},
@@ -101,6 +107,8 @@ def load_result(
             DifferentDataWarning,
             stacklevel=3,
         )
+    elif saved.densities is not None:
+        _compare_densities(path, problem, saved.densities)
     like = current_params(problem.guide)
     restarts = tuple(
         replace(o, params=tuple(p.to(x) for p, x in zip(o.params, like, strict=True)))
@@ -192,6 +200,63 @@ def _restore_parameters(
     with torch.no_grad():
         for name, leaf in params.items():
             leaf.copy_(saved[name])
+
+
+def _densities_content(problem: Problem) -> dict[str, Any] | None:
+    """The log joint at two points of the fit; ``None`` where it has none, or none that is finite.
+
+    The points are saved too: what a seed or a quantile gives may differ on another machine.
+    """
+    try:
+        with forked_seed(0), torch.no_grad():
+            log_joint = _eager(problem)
+            points = _two_points(problem, log_joint.layout)
+            values = log_joint(points.to(log_joint.device, log_joint.dtype)).tolist()
+    except Exception:  # a model that subsamples, say; a fit is saved all the same
+        return None
+    return {"points": points, "values": values} if all(map(math.isfinite, values)) else None
+
+
+def _two_points(problem: Problem, layout: Layout) -> Tensor:
+    guide = problem.guide
+    if isinstance(guide, FlatGuide):
+        params = current_params(guide)
+        shares = torch.tensor([[0.5], [0.8413447]]).to(params[0])
+        return guide.family.quantile(params, shares)  # of normals, loc and loc + scale
+    return draw_guide(guide, problem.model_args, problem.model_kwargs, layout, 2, 0).z
+
+
+def _compare_densities(path: Path, problem: Problem, saved: Densities) -> None:
+    """Warn if the log joint is not that of the fit."""
+    try:
+        with forked_seed(0), torch.no_grad():
+            log_joint = _eager(problem)
+            values = log_joint(saved.points.to(log_joint.device, log_joint.dtype)).tolist()
+    except (ModelError, ValueError, RuntimeError) as error:
+        found, rounding = f"cannot be computed ({error})", 0.0
+        values = [math.nan] * len(saved.values)
+    else:
+        found = ""
+        rounding = max(
+            _ROUNDING.get(dtype, _COARSE_ROUNDING)
+            for dtype in (saved.points.dtype, log_joint.dtype)
+        )
+    allowed = rounding * max(1.0, *map(abs, saved.values))
+    for old, new in zip(saved.values, values, strict=True):
+        if not abs(new - old) <= allowed:
+            warnings.warn(
+                f"model or data differ from those of the fit in '{path}': at a point of the fit "
+                f"the log joint was {old:.10g} nats, and now {found or f'is {new:.10g}'}. ELBO, "
+                "linear response and whatever is computed from them belong to the old ones.",
+                DifferentDataWarning,
+                stacklevel=4,
+            )
+            return
+
+
+def _eager(problem: Problem) -> LogJoint:
+    """The density for two evaluations, which no graph pays for."""
+    return LogJoint(problem.model, problem.model_args, problem.model_kwargs, backend="eager")
 
 
 def _describe(layout: Layout) -> list[list[Any]]:

@@ -18,6 +18,18 @@ _SOLVERS = ("deterministic", "stochastic")
 _NUMBER = (int, float)
 
 
+class Densities(NamedTuple):
+    """The log joint at a few points, by which a model with its data is known again.
+
+    Args:
+        points: Unconstrained vectors, shape ``(S, D)``.
+        values: Log joint in nats at each.
+    """
+
+    points: Tensor
+    values: list[float]
+
+
 class Saved(NamedTuple):
     """A file's content, read as far as that needs no model."""
 
@@ -25,6 +37,7 @@ class Saved(NamedTuple):
     data: str
     model_params: dict[str, Tensor]
     restarts: tuple[Optimum, ...]
+    densities: Densities | None
     fields: dict[str, Any]
 
 
@@ -65,6 +78,7 @@ def _saved(content: Mapping[str, Any]) -> Saved:
         _part(content, "data", str),
         _mapping(content, "model_params", Tensor),
         restarts,
+        _densities(content.get("densities")),
         fields,
     )
 
@@ -114,6 +128,15 @@ def _response(content: Mapping[str, Any] | None) -> Response | None:
         found = LinearResponse(loc, covariance)
     elbo, elbo_se = (_part(content, name, _NUMBER) for name in ("elbo", "elbo_se"))
     return Response(found, _part(content, "refusal", str), elbo, elbo_se)
+
+
+def _densities(content: Mapping[str, Any] | None) -> Densities | None:
+    if content is None:  # an older file, or a model that subsamples
+        return None
+    points, values = _part(content, "points", Tensor), _list(content, "values", float)
+    good = points.is_floating_point() and points.dim() == 2 and len(points) == len(values) > 0
+    _require(good, f"densities are {len(values)}, at points of shape {tuple(points.shape)}")
+    return Densities(points, values)
 
 
 def _part(content: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:

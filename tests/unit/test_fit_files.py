@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 import zipfile
 
 import numpy as np
@@ -41,6 +42,17 @@ def other_shape(x):
 def other_order(x):
     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
     pyro.sample("z", dist.Normal(0.0, scale))
+
+
+def other_likelihood(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.StudentT(3.0, z, scale), obs=x)
+
+
+def other_prior(x):
+    model(x, 1.001)
 
 
 def learnable(x):
@@ -184,6 +196,40 @@ class TestRefused:
         with pytest.warns(DifferentDataWarning):
             FitResult.load(path, model, (X,), {"prior": 2.0})
 
+    @pytest.mark.parametrize("other", [other_likelihood, other_prior])
+    def test_another_model_with_the_same_sites_is_a_warning(self, path, other):
+        with pytest.warns(DifferentDataWarning, match=r"model or data .* was -.* now is -"):
+            FitResult.load(path, other, (X,))
+
+    @pytest.mark.usefixtures("few_evaluations")
+    @pytest.mark.parametrize("kind", ["flat", "stock"])
+    def test_other_data_in_a_closure_are_a_warning(self, tmp_path, kind):
+        data = X.clone()
+
+        def closed():
+            model(data)
+
+        def new_guide():
+            return AutoMultivariateNormal(closed) if kind == "stock" else None
+
+        with pytest.warns(ConvergenceWarning):
+            result = fit(closed, guide=new_guide(), solver="stochastic", max_gradients=20)
+        result.save(tmp_path / "fit.pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            FitResult.load(tmp_path / "fit.pt", closed, guide=new_guide())
+        data[0] += 1e-3
+        with pytest.warns(DifferentDataWarning, match="model or data differ"):
+            FitResult.load(tmp_path / "fit.pt", closed, guide=new_guide())
+
+    def test_an_older_file_is_not_compared(self, path):
+        content = torch.load(path, weights_only=True)
+        del content["densities"]
+        torch.save(content, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            FitResult.load(path, other_prior, (X,))
+
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
     def test_a_file_cut_short(self, path, share):
         content = path.read_bytes()
@@ -274,6 +320,7 @@ class TestRefused:
             {"model_params": {"a": 1.0}},
             {"response": {"found": {"loc": X, "covariance": X}, "refusal": ""}},
             {"response": {"found": {"loc": X, "other": X}, "refusal": "", "elbo": 0.0}},
+            {"densities": {"points": X, "values": [0.0]}},
             {"restarts": []},
             {"restarts": {}},
             {"restarts": [1.0]},
