@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from pyro_mf._errors import ModelError
 from pyro_mf.families import Family, Normal
 from pyro_mf.guides.flat_guide import FlatGuide
 
@@ -75,9 +76,15 @@ class Factors:
 
 
 def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame:
-    """See :meth:`pyro_mf.FitResult.summary`."""
+    """See :meth:`pyro_mf.FitResult.summary`.
+
+    Raises:
+        ModelError: If deterministic sites are asked for and the model subsamples its data.
+    """
     import pandas as pd
 
+    if deterministic:
+        _require_full_data(result)
     guide, factors = result.guide, None
     if isinstance(guide, FlatGuide):
         factors = Factors(guide.family, tuple(p.detach() for p in guide.flat_params()))
@@ -94,6 +101,16 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
     if response.refusal:
         table.attrs["linear_response"] = response.refusal
     return table
+
+
+def _require_full_data(result: FitResult) -> None:
+    try:
+        _ = result.log_joint
+    except ModelError as error:
+        raise ModelError(
+            "summary(deterministic=True) runs the model at draws, which needs the full data; "
+            f"summary() does not. Leave deterministic= out. ({error})"
+        ) from error
 
 
 def _moments(

@@ -296,6 +296,15 @@ def test_a_run_goes_on_from_its_state_with_the_same_bits():
 
 
 @pytest.mark.usefixtures("few_evaluations")
+@pytest.mark.usefixtures("few_evaluations")
+def test_deterministic_sites_of_a_subsampled_fit_are_refused_by_their_name():
+    with pytest.warns(mf.ConvergenceWarning):
+        result = mf.fit(subsampled, (DATA,), max_gradients=20)
+    assert list(result.summary().index) == ["mu"]
+    with pytest.raises(ModelError, match=r"summary\(deterministic=True\) .* needs the full data"):
+        result.summary(deterministic=True)
+
+
 def test_a_state_of_another_guide_of_the_class_is_taken():
     first, second = mf.AutoMeanField(gaussian), mf.AutoMeanField(gaussian)
     part, again = (solve_stochastic(gaussian, guide, max_steps=5) for guide in (first, second))
