@@ -221,7 +221,8 @@ class _Run:
         if certificate.response is not None:
             gain = estimate_from(self.fresh_elbo.response_elbos(certificate.response) - pairs)
             if gain.elbo > 0.0:
-                certificate = replace(certificate, sd=certificate.response.sd)
+                sd = certificate.response.sd
+                certificate = replace(certificate, sd=sd, is_believed=True)
         fresh = estimate_from(pairs)
         is_worse = fresh.elbo < self.fresh.elbo - max(1.0, 4.0 * self.fresh.se)
         if self.x is None or not is_worse or not certificate.complaints(self.tolerance):
