@@ -131,20 +131,22 @@ def compete(judge: Judge, task: Task, ours: Entry) -> Entry | str:
     """The best that a peer can do: the soonest that is as good as ours, else the highest ELBO."""
     if task.contender == "stock Pyro":
         return _compete_once(judge, task, ours)
-    best: Entry | str = "nothing tried"
+    best: Entry | None = None
     options = _ladder(task)
     found = options[0]
     for option in options if len(options) > 1 else ():
         answer = ask(replace(option, repeats=1))
         if isinstance(answer, str):
-            return answer if isinstance(best, str) else best
+            return best or answer
         entry = judge.entry(answer)
-        if isinstance(best, str) or entry.elbo.value > best.elbo.value:
+        if best is None or entry.elbo.value > best.elbo.value:
             best, found = entry, option
         if _is_as_good(entry, ours) or entry.cold > task.limit / 2:
             break
     answer = ask(found)
-    return best if isinstance(answer, str) else judge.entry(answer)
+    if isinstance(answer, str):
+        return best or answer
+    return judge.entry(answer)
 
 
 def _ladder(task: Task) -> list[Task]:

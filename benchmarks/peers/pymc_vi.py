@@ -20,6 +20,8 @@ class _PyMC:
     def __init__(self, task: Task) -> None:
         self.task = task
         posterior = load(task.problem)
+        if posterior.model.__name__ not in MODELS:
+            raise SystemExit("no PyMC model")
         self.build = MODELS[posterior.model.__name__]
         self.args = [x.numpy() for x in posterior.args]
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide.initialization import init_to_feasible
 from torch import Tensor
+from torch.distributions import biject_to
 
 from benchmarks.peers.contract import BySite, Fit, Task
 from benchmarks.problems import load
@@ -37,7 +41,7 @@ class StockPyro:
         pyro.set_rng_seed(self.task.seed)
         seconds, steps, stopped = 0.0, 0, "limit"
         begin = time.perf_counter()
-        guide = AutoNormal(self.posterior.model)
+        guide = AutoNormal(self.posterior.model, init_loc_fn=_start)
         optim = (
             pyro.optim.ClippedAdam({"lr": 0.01, "lrd": DECAY, "clip_norm": float("inf")})
             if self.task.decays
@@ -77,6 +81,15 @@ class StockPyro:
         layout = self.log_joint.layout
         tensors = {s.name: torch.tensor(by_site[s.name]) for s in layout.sites}
         return layout.pack(tensors)
+
+
+def _start(site: dict[str, Any]) -> Tensor:
+    """Pyro's default, but for improper priors, from which it cannot draw."""
+    fn = site["fn"]
+    if isinstance(fn, dist.ImproperUniform):
+        transform = biject_to(fn.support)
+        return transform(torch.zeros(transform.inverse_shape(fn.shape())))
+    return init_to_feasible(site)
 
 
 def _attribute(owner: object, name: str) -> Tensor:
