@@ -289,9 +289,11 @@ class TestRefused:
         scale = torch.load(path, weights_only=True)["restarts"][0]["params"][1]
         start = whole.find(scale.numpy().tobytes())
         assert start > 0
-        for bit in (0, 5, 12, 50):
+        entry = whole.rfind(b"PK\x01\x02", 0, whole.rfind(b"/data/1"))
+        end = whole.rfind(b"PK\x06\x07")
+        for byte, bit in [(start, 0), (start + 6, 5), (entry + 38, 4), (end + 4, 0)]:
             content = bytearray(whole)
-            content[start + bit // 8] ^= 1 << bit % 8
+            content[byte] ^= 1 << bit
             path.write_bytes(bytes(content))
             with pytest.raises(CheckpointError, match="cut short or damaged"):
                 FitResult.load(path, model, (X,))
