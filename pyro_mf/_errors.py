@@ -56,4 +56,4 @@ class ModesWarning(UserWarning):
 
 
 class DifferentDataWarning(UserWarning):
-    """A saved fit is loaded with other data than those it was fitted to."""
+    """A saved fit is loaded with other data, or another density, than it was fitted to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ def certify(
     gradient = pairs.mean(0)
     own = elbo.estimate(x)
     epsilon = torch.finfo(elbo.dtype).eps
-    shared = {
+    shared: dict[str, Any] = {
         "gap": own.elbo - fresh.elbo,
         "gap_se": math.hypot(own.se, fresh.se),
         "max_decrement": max(_MAX_DECREMENT, 100.0 * epsilon * abs(own.elbo)),
@@ -171,7 +172,7 @@ def describe_kinks(x: Tensor, curvature: Curvature) -> str:
 
 
 def _certify_by_diagonal(
-    elbo: FixedDrawELBO, x: Tensor, pairs: Tensor, shared: dict[str, float]
+    elbo: FixedDrawELBO, x: Tensor, pairs: Tensor, shared: dict[str, Any]
 ) -> Certificate:
     """The same with the Hessian that independent latents would have.
 
