@@ -108,6 +108,7 @@ def solve_from_many(
         it.
     """
     origin, count, began = _loc(guide), len(seeds), time.perf_counter()
+    _ = log_joint.footprint  # runs the model, and Pyro's handlers serve one thread at a time
 
     def job(k: int) -> Callable[[Evaluate], tuple[Outcome, Tensor | None]]:
         def solve(evaluate: Evaluate) -> tuple[Outcome, Tensor | None]:

@@ -43,7 +43,7 @@ class Lockstep:
 
         Args:
             member: Who asks.
-            z: Rows, of a number that is the same for all members and calls.
+            z: Rows; as long as all members ask for as many, the function sees one size.
 
         Raises:
             KeyboardInterrupt: Once, after :meth:`interrupt`.
@@ -79,15 +79,16 @@ class Lockstep:
             return
         members = sorted(self._asked)
         rows = [self._asked.pop(member) for member in members]
-        count = len(rows[0])
+        sizes = [len(z) for z in rows]
         rows += rows[-1:] * (self._count - len(rows))  # one size, one graph
         try:
             values, gradients = self._function(torch.cat(rows))
         except BaseException as error:
             self._answers |= dict.fromkeys(members, error)
         else:
-            parts = zip(values.split(count), gradients.split(count), strict=True)
-            self._answers |= dict(zip(members, parts, strict=False))
+            end = sum(sizes)
+            parts = zip(values[:end].split(sizes), gradients[:end].split(sizes), strict=True)
+            self._answers |= dict(zip(members, parts, strict=True))
         self._changed.notify_all()
 
 

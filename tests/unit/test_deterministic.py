@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 
 import pyro
 import pyro.distributions as dist
@@ -385,6 +387,47 @@ def test_starts_in_lockstep_end_where_each_would_alone() -> None:
         assert float(((loc - expected) / scale).abs().max()) < 1e-4
     swapped = {bool(loc[1] < loc[2]) for _, (loc, _) in found}
     assert swapped == {True, False}  # labels may be swapped, and dispersed starts find both
+
+
+def test_starts_in_lockstep_run_the_model_in_one_thread_at_a_time() -> None:
+    running = threading.Lock()
+    clashes = []
+
+    def slow(y):
+        if not running.acquire(blocking=False):
+            clashes.append(threading.current_thread().name)
+            running.acquire()
+        try:
+            loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+            time.sleep(0.01)  # long enough for other threads to come in
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        finally:
+            running.release()
+
+    y = torch.tensor(1.0)
+    found = solve_from_many(
+        LogJoint(slow, (y,)), AutoMeanField(slow).setup(y), range(8), reports=[silent] * 8
+    )
+    assert all(outcome.converged for outcome, _ in found)
+    assert not clashes
+
+
+def test_members_of_a_lockstep_may_ask_for_unlike_numbers_of_rows() -> None:
+    def job(rows):
+        def ask(evaluate):
+            z = torch.arange(float(rows))[:, None]
+            return [evaluate(z + i) for i in range(3)]
+
+        return ask
+
+    counts = [1, 4, 2]
+    for rows, answers in zip(
+        counts, run_in_lockstep(lambda z: (z.sum(-1), 2 * z), [job(n) for n in counts]), strict=True
+    ):
+        for i, (value, gradient) in enumerate(answers):
+            expected = torch.arange(float(rows)) + i
+            assert torch.equal(value, expected)
+            assert torch.equal(gradient, 2 * expected[:, None])
 
 
 def test_interrupt_ends_every_start() -> None:
