@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.posteriors import MODELS, load
 from pyro_mf.density import LogJoint
-from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.minimise import descend, lbfgs, natural_gradient, polish

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.capture import first_line
 from pyro_mf.density.program import value_and_gradients
-from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 

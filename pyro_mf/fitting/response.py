@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError, ModelError
 from pyro_mf.density import Layout
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
-from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO, estimate_from
 from pyro_mf.solvers.linear_response import LinearResponse, linear_response, response_of

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks, Evaluate
 from pyro_mf.guides.protocol import FactorisedGuide
-from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import Certificate, certify, describe_kinks
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import Curvature, Estimate, FixedDrawELBO, estimate_from
 from pyro_mf.solvers.improper import describe_loose, describe_runaway
-from pyro_mf.solvers.lockstep import Evaluate, run_in_lockstep
+from pyro_mf.solvers.lockstep import run_in_lockstep
 from pyro_mf.solvers.meter import BudgetSpentError, Meter, MeteredELBO
 from pyro_mf.solvers.minimise import descend, polish
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.density.blocks import Blocks
 
 if TYPE_CHECKING:
     from pyro_mf.solvers.linear_response import LinearResponse

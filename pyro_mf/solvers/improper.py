@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.solvers.fixed_draw_elbo import Curvature
 from pyro_mf.solvers.start import curvature
 

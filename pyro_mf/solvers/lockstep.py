@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+from pyro_mf.density.blocks import Evaluate
+
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05  # how long Ctrl-C may have to wait

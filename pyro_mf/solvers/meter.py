@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from pyro_mf.solvers.blocks import Blocks
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.outcome import Progress, Report
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import ModelError
-from pyro_mf.solvers.blocks import STEPS, Blocks
+from pyro_mf.density.blocks import STEPS, Blocks
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.minimise import lbfgs
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.guides import AutoMeanField
-from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.certificate import certify
 from pyro_mf.solvers.deterministic import solve_deterministic
 from pyro_mf.solvers.draws import fixed_draws

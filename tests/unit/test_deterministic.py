@@ -15,8 +15,8 @@ from pyro.distributions import constraints
 
 from pyro_mf import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.guides import AutoMeanField
-from pyro_mf.solvers.blocks import Blocks
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.lockstep import run_in_lockstep

@@ -6,11 +6,16 @@ the memory that its rows take, however many draws are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-from pyro_mf.density import LogJoint
-from pyro_mf.solvers.lockstep import Evaluate
+from pyro_mf.density.log_joint import LogJoint
+
+Evaluate: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Log densities, shape ``(S,)``, and gradients, shape ``(S, D)``, at the rows of ``(S, D)``."""
 
 # Rows of a block: enough for the arithmetic to outweigh the overhead of its operations, and no
 # more, since a block is padded to its size.
