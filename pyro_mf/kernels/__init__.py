@@ -1,1 +1,16 @@
-"""Samplers on a density given as a function of rows; they know no model."""
+"""Transition kernels on a captured density, many chains at once."""
+
+from pyro_mf.kernels.hmc import HMCDraws, HMCState, ParallelHMC, hmc_transition, initialise
+from pyro_mf.kernels.metric import Metric
+from pyro_mf.kernels.mixing import Mixing, measure_mixing
+
+__all__ = [
+    "HMCDraws",
+    "HMCState",
+    "Metric",
+    "Mixing",
+    "ParallelHMC",
+    "hmc_transition",
+    "initialise",
+    "measure_mixing",
+]

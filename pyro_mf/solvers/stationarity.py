@@ -19,6 +19,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from pyro_mf.kernels import mixing
+
 
 def split_rhat(series: Tensor) -> Tensor:
     """Potential scale reduction of one chain cut into halves.
@@ -41,13 +43,7 @@ def split_rhat(series: Tensor) -> Tensor:
     """
     if len(series) < 4:
         raise ValueError(f"split_rhat needs at least 4 rows; got {len(series)}.")
-    half = len(series) // 2
-    first, second = series[:half], series[-half:]
-    within = 0.5 * (first.var(0) + second.var(0))
-    between = 0.5 * (first.mean(0) - second.mean(0)).square()
-    ratio = between / within
-    ratio = torch.where((within == 0) & (between == 0), torch.zeros_like(ratio), ratio)
-    return ((half - 1) / half * (within > 0) + (within == 0) + ratio).clamp(min=1.0).sqrt()
+    return mixing.split_rhat(series[:, None])
 
 
 def rhat_by_chance(num_series: int, length: int, probability: float = 0.05) -> float:
@@ -88,17 +84,7 @@ def effective_sample_size(series: Tensor) -> Tensor:
     References:
         Geyer (1992), Practical Markov Chain Monte Carlo, Statistical Science 7(4)
     """
-    length = len(series)
-    centred = series - series.mean(0)
-    spectrum = torch.fft.rfft(centred, n=2 * length, dim=0)
-    covariance = torch.fft.irfft(spectrum.abs().square(), n=2 * length, dim=0)[:length]
-    variance = covariance[0]
-    is_constant = variance <= torch.finfo(series.dtype).eps ** 2 * series.square().sum(0)
-    correlation = covariance / torch.where(is_constant, torch.ones_like(variance), variance)
-    pairs = correlation[0 : length - 1 : 2] + correlation[1:length:2]
-    kept = pairs * (pairs > 0).cumprod(0)
-    time = (2.0 * kept.sum(0) - 1.0).clamp(min=1.0)
-    return torch.where(is_constant, torch.full_like(time, length), length / time).clamp(min=1.0)
+    return mixing.effective_sample_size(series[:, None])
 
 
 def mc_error(series: Tensor) -> Tensor:
