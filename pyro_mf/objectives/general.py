@@ -92,7 +92,7 @@ def _entropy(
 ) -> Tensor:
     nodes = _stochastic(trace)
     for name, node in nodes.items():
-        if not (node["fn"].has_rsample or _is_point(node["fn"])):
+        if not (node["fn"].has_rsample or is_point(node["fn"])):
             raise ModelError(
                 f"guide site '{name}' ({type(node['fn']).__name__}) has no reparameterised draws, "
                 "which ReverseKL's gradient needs. Leave a discrete site out of the guide to have "
@@ -138,7 +138,7 @@ def _exact_entropy(fn: Any, value: Tensor) -> Tensor | None:
         if base is None:
             return None
         return sum_rightmost(base, base.dim() - len(fn.batch_shape)) + log_det  # type: ignore[no-any-return]
-    if _is_point(fn):
+    if is_point(fn):
         return None
     try:
         return fn.entropy()  # type: ignore[no-any-return]
@@ -146,7 +146,8 @@ def _exact_entropy(fn: Any, value: Tensor) -> Tensor | None:
         return None
 
 
-def _is_point(fn: Any) -> bool:
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a Delta, or one pushed through transforms."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)

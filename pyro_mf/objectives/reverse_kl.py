@@ -10,13 +10,13 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_mf import _pyro
-from pyro_mf._errors import NonFiniteError
 from pyro_mf.density.capture import Backend, check_backend
 from pyro_mf.density.recorder import map_tensors
 from pyro_mf.guides.protocol import is_factorised
 from pyro_mf.objectives.captured import CapturedELBO, Estimate
 from pyro_mf.objectives.entropy import EntropyEstimator, get_entropy
 from pyro_mf.objectives.general import traced_elbo
+from pyro_mf.objectives.gradients import WithGradients, add_gradients, backward_if_finite
 
 Fn = Callable[..., Any]
 
@@ -103,11 +103,11 @@ class ReverseKL(ELBO):
         estimate = self._captured_estimate(model, guide, args, kwargs)
         if estimate is not None:
             loss, tensors, gradients = estimate
-            _add_gradients(tensors, gradients)
+            add_gradients(tensors, gradients)
             return float(loss)
         total = self._general_loss(model, guide, args, kwargs)
         if total.requires_grad:
-            _backward_if_finite(total)
+            backward_if_finite(total)
         return float(total.detach())
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
@@ -115,7 +115,7 @@ class ReverseKL(ELBO):
         estimate = self._captured_estimate(model, guide, args, kwargs)
         if estimate is not None:
             loss, tensors, gradients = estimate
-            return _WithGradients.apply(loss, gradients, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+            return WithGradients.apply(loss, gradients, *tensors)  # type: ignore[no-any-return,no-untyped-call]
         return self._general_loss(model, guide, args, kwargs)
 
     def _general_loss(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Tensor:
@@ -158,56 +158,3 @@ class ReverseKL(ELBO):
 
 def _outside_inference_mode(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
-
-
-class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Any) -> Any:
-        return (None, None, *(outputs[0] * g for g in ctx.saved_tensors))
-
-
-def _backward_if_finite(loss: Tensor) -> None:
-    """Backward, but with no gradient stored if one of them is not finite.
-
-    Raises:
-        NonFiniteError: If one is not.
-    """
-    leaves = _leaves(loss)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    known = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if g is not None]
-    if not all(bool(torch.isfinite(g).all()) for _, g in known):
-        raise NonFiniteError(
-            "the gradient of the loss is not finite although the loss is. Parameters keep their "
-            "last finite values. Try a smaller step, another start, or float64."
-        )
-    _add_gradients(tuple(leaf for leaf, _ in known), tuple(g for _, g in known))
-
-
-def _add_gradients(leaves: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> None:
-    """Add to the gradients of leaf tensors, through autograd so that hooks on them run."""
-    wanted = [(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if leaf.requires_grad]
-    if wanted:
-        torch.autograd.backward([leaf for leaf, _ in wanted], [g for _, g in wanted])
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The leaf tensors that a loss depends on."""
-    found: dict[int, Tensor] = {}
-    stack, seen = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-        stack.extend(parent for parent, _ in node.next_functions)
-    return list(found.values())
