@@ -114,7 +114,7 @@ class _Rounds:
         self.log_sum = torch.empty(0)  # log of the sum over rounds of the proposals' densities
 
     def draw(self, proposal: StudentT) -> None:
-        z = proposal.sample_nets(_NETS, self.generator)
+        z = proposal.sample(_NETS * StudentT.net_size, self.generator)
         values = self.density_values(z).detach().to(z)
         values = torch.where(torch.isfinite(values), values, -torch.inf)
         log_sum = [q.log_prob(z) for q in (*self.proposals, proposal)]

@@ -37,17 +37,18 @@ class StudentT:
         self.loc, self.scale_tril = loc, scale_tril
         self.degrees_of_freedom = degrees_of_freedom
 
-    def sample_nets(self, num_nets: int, generator: torch.Generator) -> Tensor:
-        """Draws, shape ``(num_nets * net_size, D)``, one independent net after the other."""
+    def sample(self, num_draws: int, generator: torch.Generator) -> Tensor:
+        """Draws, shape ``(num_draws, D)``, one independent net of ``net_size`` after the other."""
         from scipy.special import gammaincinv  # late, as it takes long to import
 
         size = len(self.loc)
+        num_nets = math.ceil(num_draws / _NET_SIZE)
         seeds = torch.randint(2**31 - 1, (num_nets,), generator=generator).tolist()
         nets = [
             SobolEngine(size + 1, scramble=True, seed=seed).draw(_NET_SIZE, dtype=torch.float64)
             for seed in seeds
         ]
-        uniform = torch.cat(nets).clamp(_EDGE, 1.0 - _EDGE)
+        uniform = torch.cat(nets)[:num_draws].clamp(_EDGE, 1.0 - _EDGE)
         half = 0.5 * self.degrees_of_freedom
         gamma = torch.as_tensor(gammaincinv(half, uniform[:, 0].numpy())) / half
         noise = torch.special.ndtri(uniform[:, 1:]) / gamma.sqrt()[:, None]
