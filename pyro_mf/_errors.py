@@ -57,3 +57,7 @@ class ModesWarning(UserWarning):
 
 class DifferentDataWarning(UserWarning):
     """A saved fit is loaded with other data, or another density, than it was fitted to."""
+
+
+class EstimatorWarning(UserWarning):
+    """The draws behind a forward KL's gradient should not be trusted; the message says why."""
