@@ -31,7 +31,7 @@ class Entry(NamedTuple):
         note: What it says of itself.
         elbo: Its ELBO with a standard error, nats.
         eubo: Its EUBO with a standard error, nats; NaN where it has none.
-        draws: Rows of NUTS, whose own moments are better than a Gaussian's; ``None`` for others.
+        draws: Those behind it, shape ``(S, D)``, whose own moments are better than a Gaussian's.
     """
 
     method: str
@@ -103,6 +103,7 @@ def forward(model: Any, args: tuple[Any, ...], **settings: Any) -> list[Entry]:
         " ".join([result.message, *result.notes]),
         (result.elbo, result.elbo_se),
         (result.eubo, result.eubo_se),
+        result.draws.sample(8000),
     )
     return [entry]
 

@@ -82,7 +82,12 @@ def errors(
     """Errors of means and sds on the model's own scale, by antithetic draws."""
     half = noise(num_draws // 2, len(loc), seed)
     half = half * scale if scale.dim() == 1 else half @ scale.T
-    means, sds = summaries(log_joint, loc + torch.cat([half, -half]))
+    return errors_of_draws(log_joint, loc + torch.cat([half, -half]), reference)
+
+
+def errors_of_draws(log_joint: LogJoint, z: Tensor, reference: Reference) -> Errors:
+    """Errors of means and sds on the model's own scale, of draws on the unconstrained axis."""
+    means, sds = summaries(log_joint, z)
     names = [name for name in reference if reference[name]["sd"] > 0]
     column = {
         key: torch.tensor([reference[n][key] for n in names], dtype=torch.float64)
