@@ -25,9 +25,9 @@ from pyro_mf.weights import effective_sample_size
 
 _KEPT_ESS = 0.5  # share of the particles that a change of temperature leaves effective
 _MAX_TEMPERATURES = 200
-# Particles move at most so often at a temperature, until each coordinate's mean squared jump is
-# this share of that between independent draws.
-_MAX_MOVES, _ENOUGH_JUMP = 8, 0.7
+# Particles move at most so often at a temperature, until the mean squared jump of each coordinate,
+# and of the log density, is this share of that between independent draws.
+_MAX_MOVES, _ENOUGH_JUMP = 12, 0.8
 _LENGTH, _MAX_STEPS = math.pi / 2, 16  # of a trajectory, in the metric's unit and in steps
 _TARGET_ACCEPTANCE, _LEAST_ACCEPTANCE = 0.8, 0.4
 _MAX_DENSE = 300  # dimension up to which the metric knows correlations
@@ -244,15 +244,14 @@ class _Run:
 
     def _move(self, temperature: float) -> None:
         density = self._tempered(temperature)
-        state = HMCState.at(density, self.z)
+        state = begin = HMCState.at(density, self.z)
         accepted = []
         self.step.settle()
         for _ in range(_MAX_MOVES):
             state, acceptance = self._transition(density, state)
             accepted.append(acceptance)
             self.step.update(acceptance)
-            jump = (state.z - self.z).square().mean(0) / (2.0 * self.z.var(0))
-            if float(jump.min()) >= _ENOUGH_JUMP:
+            if float(_jump(begin, state).min()) >= _ENOUGH_JUMP:
                 break
         self.step.settle()
         self.acceptance.append(sum(accepted) / len(accepted))
@@ -269,6 +268,12 @@ class _Run:
             density, state, self.step.value, num_steps, self.metric, self.generator
         )
         return moved, float(acceptance.mean())
+
+
+def _jump(begin: HMCState, end: HMCState) -> Tensor:
+    """How far coordinates, and log densities, moved: 1 from one independent draw to another."""
+    before, after = (torch.cat([s.z, s.log_density[:, None]], 1) for s in (begin, end))
+    return (after - before).square().mean(0) / (2.0 * before.var(0))
 
 
 def _combined(runs: list[_Run]) -> TemperedDraws:
