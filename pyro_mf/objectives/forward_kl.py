@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_mf._errors import CheckpointError, DifferentDataWarning, EstimatorWarning
 from pyro_mf.density.capture import Backend, check_backend
-from pyro_mf.density.log_joint import LogJoint
-from pyro_mf.objectives.forward_pair import Pair
-from pyro_mf.objectives.gradients import backward_if_finite
+from pyro_mf.density.recorder import map_tensors
+from pyro_mf.objectives.forward_choice import choose
+from pyro_mf.objectives.forward_pair import Arguments, FlatPair, Pair, TracedPair
+from pyro_mf.objectives.forward_prior import Simulation
+from pyro_mf.objectives.forward_report import ForwardDiagnostics
+from pyro_mf.objectives.forward_traced import TracedImportance
+from pyro_mf.objectives.gradients import backward_if_finite, outside_inference_mode
 
 Fn = Callable[..., Any]
 
@@ -67,12 +73,21 @@ class ForwardKL(ELBO):
         self.defensive = defensive
         self.backend = check_backend(backend)
         self._pairs: list[Pair] = []
+        self._saved: list[dict[str, Any]] = []
         self._generator: torch.Generator | None = None
+        self._num_calls = 0
+        self._num_restarts = 0
+
+    @property
+    def diagnostics(self) -> ForwardDiagnostics | None:
+        """How the last step's draws were made and how good they are; ``None`` before the first."""
+        return self._pairs[-1].diagnostics() if self._pairs else None
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Estimate the cross-entropy in nats, without gradients; chains stay where they are."""
+        pair = self._pair(model, guide, (args, kwargs))
         with torch.no_grad():
-            return float(self._pair(model, guide, args, kwargs).loss(is_step=False))
+            return float(pair.loss((args, kwargs), is_step=False))
 
     def loss_and_grads(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Estimate the cross-entropy in nats and add its gradients to the parameters'.
@@ -88,29 +103,118 @@ class ForwardKL(ELBO):
 
     def differentiable_loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> Tensor:
         """Estimate the cross-entropy in nats as a tensor that can be differentiated once."""
-        return self._pair(model, guide, args, kwargs).loss(is_step=True)
+        return self._pair(model, guide, (args, kwargs)).loss((args, kwargs), is_step=True)
 
-    def _pair(self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pair:
+    def state_dict(self) -> dict[str, Any]:
+        """Chains and random numbers, from which training goes on as if it had not stopped.
+
+        Returns:
+            Tensors and numbers, which ``torch.load(weights_only=True)`` reads.
+        """
+        states = [state for pair in self._pairs if (state := pair.state_dict()) is not None]
+        return {
+            "version": 1,
+            "num_particles": self.num_particles,
+            "generator": None if self._generator is None else self._generator.get_state(),
+            "chains": [*self._saved, *states],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Chains are used again by the first call with a model of the same latents and the same data.
+
+        Raises:
+            CheckpointError: If the state is not one of these, or of another number of particles.
+        """
+        expected = {"version", "num_particles", "generator", "chains"}
+        if not isinstance(state, Mapping) or expected - set(state) or state["version"] != 1:
+            raise CheckpointError(
+                "expected what ForwardKL.state_dict() returned; got "
+                f"{list(state) if isinstance(state, Mapping) else type(state).__name__}."
+            )
+        if state["num_particles"] != self.num_particles:
+            raise CheckpointError(
+                f"the saved chains are {state['num_particles']} at a time, this objective has "
+                f"num_particles={self.num_particles}. Make it with the same number."
+            )
+        self._pairs = []
+        self._saved = list(state["chains"])
+        self._generator = None
+        if state["generator"] is not None:
+            self._generator = torch.Generator()
+            self._generator.set_state(state["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs are cheap to make again and cannot travel; chains can.
+        return self.__dict__ | {"_pairs": [], "_generator": None, "_saved": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.load_state_dict(state["_saved"])
+
+    def _pair(self, model: Fn, guide: Fn, arguments: Arguments) -> Pair:
+        self._num_calls += 1
         for pair in self._pairs:
-            if pair.matches(model, guide, args, kwargs):
+            if pair.matches(model, guide, arguments):
+                if pair is not self._pairs[-1]:
+                    self._pairs.remove(pair)
+                    self._pairs.append(pair)
                 return pair
         # Graphs are captured with gradients, which tensors made in inference mode refuse.
-        with torch.inference_mode(mode=False):
-            log_joint = LogJoint(model, args, kwargs, backend=self.backend)
-            pair = Pair(
-                model,
-                guide,
-                args,
-                kwargs,
-                log_joint,
-                name=self.estimator or "imh",
-                reason="asked for",
-                num_particles=self.num_particles,
-                defensive=self.defensive,
-                generator=self._own_generator(),
-            )
-        self._pairs = [*self._pairs[-_MAX_PAIRS:], pair]
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            pair = self._new_pair(model, guide, map_tensors(arguments, outside_inference_mode))
+        self._pairs = [*self._pairs[1 - _MAX_PAIRS :], pair]
         return pair
+
+    def _new_pair(self, model: Fn, guide: Fn, arguments: Arguments) -> Pair:
+        generator = self._own_generator()
+        with torch.random.fork_rng(devices=[]):
+            choice = choose(self.estimator, model, guide, *arguments, self.backend)
+        count = self.num_particles
+        if choice.name == "prior":
+            return TracedPair(Simulation(model, guide, count, generator), choice)
+        if choice.log_joint is None:
+            return TracedPair(TracedImportance(model, guide, count, generator), choice)
+        self._num_restarts += 1
+        self._warn_of_changing_data()
+        before = generator.get_state()
+        pair = FlatPair(
+            model,
+            guide,
+            arguments,
+            choice,
+            choice.log_joint,
+            num_particles=count,
+            defensive=self.defensive,
+            generator=generator,
+        )
+        for state in self._saved:
+            if state["estimator"] == choice.name and state["key"] == pair.key:
+                self._saved.remove(state)
+                if pair.is_same_density(state):
+                    pair.load_state_dict(state)
+                    generator.set_state(before)  # the start of new chains was for nothing
+                else:
+                    warnings.warn(
+                        "the saved chains are those of another density than this model's with "
+                        "these data, so new ones are started.",
+                        DifferentDataWarning,
+                        stacklevel=2,
+                    )
+                break
+        return pair
+
+    def _warn_of_changing_data(self) -> None:
+        if self._num_restarts == _MAX_PAIRS + 1 and self._num_restarts > self._num_calls / 2:
+            warnings.warn(
+                f"the data changed at {self._num_restarts} of {self._num_calls} steps, and chains "
+                "start anew for each set of data: that is slow, and their first draws are not yet "
+                "from the posterior. For data that change use estimator='snis', or 'prior' for an "
+                "amortised guide.",
+                EstimatorWarning,
+                stacklevel=2,
+            )
 
     def _own_generator(self) -> torch.Generator:
         """Randomness of its own, seeded once by torch's global generator."""

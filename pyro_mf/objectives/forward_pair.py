@@ -1,37 +1,80 @@
-"""One model, one guide and one set of data: what forward KL keeps from step to step."""
+"""One model and one guide: what forward KL keeps from step to step."""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf import _pyro
+from pyro_mf._errors import EstimatorWarning, ModelError, NonFiniteError
 from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.guides.protocol import is_factorised
 from pyro_mf.kernels.independence import DefensiveMixture, Proposal
+from pyro_mf.objectives.forward_choice import Choice
 from pyro_mf.objectives.forward_estimators import ESTIMATORS, Estimator, Setting
+from pyro_mf.objectives.forward_prior import Simulation
+from pyro_mf.objectives.forward_report import ForwardDiagnostics, Watch
+from pyro_mf.objectives.forward_samplers import HamiltonianChains, TemperedParticles
 from pyro_mf.objectives.forward_scoring import FlatScorer, Scorer, TracedScorer
+from pyro_mf.objectives.forward_traced import TracedImportance
 from pyro_mf.objectives.wake_theta import WakeTheta
 
 Fn = Callable[..., Any]
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+_SAMPLERS: dict[str, Callable[[Setting], Estimator]] = {
+    "hmc": HamiltonianChains,
+    "smc": TemperedParticles,
+    **ESTIMATORS,
+}
+_ADVICE = {
+    "imh": "Use estimator='hmc', whose chains do not depend on the guide, or defensive=0.1.",
+    "msc": "Use estimator='hmc', whose chains do not depend on the guide, or defensive=0.1.",
+    "snis": "Use estimator='hmc' where the model allows it, or more particles.",
+    "hmc": "Look for several modes (estimator='smc') or a funnel (reparameterise the model).",
+}
 
 
-class Pair:
-    """An estimator with its chains, for one posterior and one guide.
+class Pair(Protocol):
+    """A model and a guide, with the draws that the one is fitted to the other by."""
+
+    def matches(self, model: Fn, guide: Fn, arguments: Arguments) -> bool:
+        """Whether this is about these, so that its draws can be used."""
+        ...
+
+    def loss(self, arguments: Arguments, *, is_step: bool) -> Tensor:
+        """The cross-entropy in nats, differentiable by all parameters.
+
+        Args:
+            arguments: Of model and guide.
+            is_step: Whether to move chains; else their draws are used as they are.
+        """
+        ...
+
+    def diagnostics(self) -> ForwardDiagnostics:
+        """How good the last draws are."""
+        ...
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What the next steps depend on; ``None`` where they depend on nothing before."""
+        ...
+
+
+class FlatPair:
+    """Draws from the density of one flat vector, for one set of data.
 
     Args:
         model: The model.
         guide: The guide.
-        args: Positional arguments of both.
-        kwargs: Keyword arguments.
-        log_joint: The model at these arguments.
-        name: The estimator's name.
-        reason: Why it was chosen.
+        arguments: Of both.
+        choice: The estimator and the density.
         num_particles: Draws per step.
         defensive: Share of heavy-tailed proposals.
         generator: Source of all randomness.
@@ -41,60 +84,140 @@ class Pair:
         self,
         model: Fn,
         guide: Fn,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        arguments: Arguments,
+        choice: Choice,
         log_joint: LogJoint,
         *,
-        name: str,
-        reason: str,
         num_particles: int,
         defensive: float,
         generator: torch.Generator,
     ) -> None:
         self.model = model
         self.guide = guide
-        self.name = name
-        self.reason = reason
         self._log_joint = log_joint
-        self._data = _copies(args, kwargs)
-        self.scorer = make_scorer(guide, log_joint, args, kwargs)
-        proposal = make_proposal(self.scorer, defensive)
-        setting = Setting(Blocks(log_joint), self.scorer, proposal, num_particles, generator)
-        self.estimator: Estimator = ESTIMATORS[name](setting)
+        self._data = _copies(arguments)
+        self._scorer = make_scorer(guide, log_joint, *arguments)
+        proposal = make_proposal(self._scorer, defensive)
+        setting = Setting(Blocks(log_joint), self._scorer, proposal, num_particles, generator)
+        self._estimator = _SAMPLERS[choice.name](setting)
         has_params = bool(log_joint.program.prototype.params)
         self._wake_theta = WakeTheta(log_joint) if has_params else None
-        self.num_steps = 0
+        self._watch = Watch(choice.name, choice.reason)
 
-    def matches(
-        self, model: Fn, guide: Fn, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> bool:
-        """Whether this is about the same posterior and guide."""
+    def matches(self, model: Fn, guide: Fn, arguments: Arguments) -> bool:
+        """See :class:`Pair`."""
         return (
             self.model is model
             and self.guide is guide
-            and self._log_joint.program.matches(args, kwargs)
-            and _are_same(self._data, tree_flatten((args, dict(kwargs)))[0])
+            and not _pyro.handlers_around()
+            and self._log_joint.program.matches(*arguments)
+            and _are_same(self._data, tree_flatten(arguments)[0])
         )
 
-    def loss(self, *, is_step: bool) -> Tensor:
-        """The cross-entropy in nats, differentiable by all parameters.
-
-        Args:
-            is_step: Whether to move the chains; else their draws are used as they are.
+    def loss(self, arguments: Arguments, *, is_step: bool) -> Tensor:
+        """See :class:`Pair`.
 
         Raises:
             NonFiniteError: If log q is not finite at a draw.
         """
-        estimator = self.estimator
-        draws = estimator.draws
+        estimator, draws = self._estimator, self._estimator.draws
         if is_step or draws is None or not estimator.is_chain:
             draws = estimator.advance(target_changed=self._wake_theta is not None)
-            self.num_steps += 1
-        z, weights = draws
-        loss = cross_entropy(self.scorer, z, weights)
+            self._look(draws)
+        loss = cross_entropy(self._scorer, *draws)
         if self._wake_theta is not None:
-            loss = loss + self._wake_theta.term(z, weights).to(loss)
+            loss = loss + self._wake_theta.term(*draws).to(loss)
         return loss
+
+    def _look(self, draws: Any) -> None:
+        self._watch.see(draws, is_chain=self._watch.name in {"hmc", "imh"})
+        if self._watch.is_time_to_look:
+            fault = self._watch.fault(self.diagnostics())
+            if fault is not None:
+                advice = _ADVICE.get(self._watch.name, "")
+                warnings.warn(f"{fault}. {advice}", EstimatorWarning, stacklevel=2)
+
+    def diagnostics(self) -> ForwardDiagnostics:
+        """See :class:`Pair`."""
+        estimator = self._estimator
+        return self._watch.report(
+            acceptance=estimator.acceptance,
+            log_weights=estimator.recent_log_weights(),
+            counts=(estimator.num_evaluations, estimator.num_gradients),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Pair`."""
+        return {
+            "estimator": self._watch.name,
+            "key": self.key,
+            "num_steps": self._watch.num_steps,
+            "state": self._estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._estimator.load_state_dict(state["state"])
+        self._watch.num_steps = int(state["num_steps"])
+
+    def is_same_density(self, state: Mapping[str, Any]) -> bool:
+        """Whether saved log densities are those of this model, as far as they were saved."""
+        inner = state["state"]
+        inner = inner.get("chains", inner)
+        if "log_density" not in inner or self._wake_theta is not None:
+            return True  # learnable parameters may be loaded later
+        z, saved = inner["z"], inner["log_density"]
+        z = z.reshape(-1, self._log_joint.size)
+        now = Blocks(self._log_joint).values(z)
+        tolerance = 1e-8 if self._log_joint.dtype == torch.float64 else 1e-3
+        return torch.allclose(now, saved.reshape(-1), rtol=tolerance, atol=tolerance)
+
+    @property
+    def key(self) -> str:
+        """What identifies the posterior in another process: its latents and its data."""
+        digest = hashlib.sha256(str(self._log_joint.layout.element_names()).encode())
+        for x in self._data:
+            content = x.cpu().contiguous() if isinstance(x, Tensor) else x
+            if isinstance(content, Tensor):
+                digest.update(f"{content.dtype}{tuple(content.shape)}".encode())
+                digest.update(content.reshape(-1).view(torch.uint8).numpy().tobytes())
+            elif isinstance(content, str | int | float | bool | type(None)):
+                digest.update(repr(content).encode())
+            else:
+                digest.update(type(content).__name__.encode())
+        return digest.hexdigest()
+
+
+class TracedPair:
+    """Model and guide run as they are, at whatever data: nothing is kept but counts."""
+
+    def __init__(self, runs: TracedImportance | Simulation, choice: Choice) -> None:
+        self._runs = runs
+        self._watch = Watch(choice.name, choice.reason)
+
+    def matches(self, model: Fn, guide: Fn, arguments: Arguments) -> bool:
+        """See :class:`Pair`."""
+        return self._runs.model is model and self._runs.guide is guide
+
+    def loss(self, arguments: Arguments, *, is_step: bool) -> Tensor:
+        """See :class:`Pair`."""
+        loss = self._runs.loss(*arguments)
+        self._watch.num_steps += 1
+        log_weights = getattr(self._runs, "log_weights", None)
+        if log_weights is not None:
+            self._watch.see_weights(torch.softmax(log_weights, 0))
+        return loss
+
+    def diagnostics(self) -> ForwardDiagnostics:
+        """See :class:`Pair`."""
+        return self._watch.report(
+            acceptance=float("nan"),
+            log_weights=None,
+            counts=(self._runs.num_evaluations, 0),
+        )
+
+    def state_dict(self) -> None:
+        """See :class:`Pair`."""
 
 
 def make_scorer(
@@ -162,13 +285,15 @@ def cross_entropy(scorer: Scorer, z: Tensor, weights: Tensor) -> Tensor:
     return -(weights[used] * log_prob).sum()
 
 
-def _copies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    leaves, _ = tree_flatten((args, dict(kwargs)))
+def _copies(arguments: Arguments) -> list[Any]:
+    leaves, _ = tree_flatten(arguments)
     return [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def _are_same(mine: list[Any], theirs: list[Any]) -> bool:
+    """Whether tensors among arguments of one structure hold the same numbers, NaN included."""
     return all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else True
+        torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
         for a, b in zip(mine, theirs, strict=True)
+        if isinstance(a, Tensor)
     )

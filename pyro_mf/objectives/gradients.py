@@ -49,6 +49,11 @@ def add_gradients(leaves: tuple[Tensor, ...], gradients: tuple[Tensor, ...]) -> 
         torch.autograd.backward([leaf for leaf, _ in wanted], [g for _, g in wanted])
 
 
+def outside_inference_mode(x: Tensor) -> Tensor:
+    """A tensor that can be used where gradients are taken."""
+    return x.clone() if x.is_inference() else x
+
+
 def _leaves(loss: Tensor) -> list[Tensor]:
     """The leaf tensors that a loss depends on."""
     found: dict[int, Tensor] = {}

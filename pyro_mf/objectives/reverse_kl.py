@@ -16,7 +16,12 @@ from pyro_mf.guides.protocol import is_factorised
 from pyro_mf.objectives.captured import CapturedELBO, Estimate
 from pyro_mf.objectives.entropy import EntropyEstimator, get_entropy
 from pyro_mf.objectives.general import traced_elbo
-from pyro_mf.objectives.gradients import WithGradients, add_gradients, backward_if_finite
+from pyro_mf.objectives.gradients import (
+    WithGradients,
+    add_gradients,
+    backward_if_finite,
+    outside_inference_mode,
+)
 
 Fn = Callable[..., Any]
 
@@ -141,7 +146,7 @@ class ReverseKL(ELBO):
         captured = self._captured_elbo(model, guide)
         # Graphs are captured with gradients, which tensors made in inference mode refuse.
         with torch.inference_mode(mode=False):
-            args, kwargs = map_tensors((args, kwargs), _outside_inference_mode)
+            args, kwargs = map_tensors((args, kwargs), outside_inference_mode)
             return captured.value_and_gradients(self.num_particles, args, kwargs)
 
     def _captured_elbo(self, model: Fn, guide: Any) -> CapturedELBO:
@@ -154,7 +159,3 @@ class ReverseKL(ELBO):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_captured": []}  # graphs are cheap to make again and cannot travel
-
-
-def _outside_inference_mode(x: Tensor) -> Tensor:
-    return x.clone() if x.is_inference() else x
