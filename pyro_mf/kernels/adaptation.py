@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_mf.kernels.mixing import effective_sample_size
-
 # A Newton step on the logarithm: near an acceptance of .8 it falls by .4 per unit, in any dimension
 # large enough for the acceptance to be that of a Gaussian energy error.
 _GAIN = 2.5
 _FACTOR = 1.5  # between trajectory lengths that are compared
-_BETTER = 1.05  # what counts as an improvement, beyond noise
+_BETTER = 1.15  # what counts as an improvement, beyond noise
 
 
 @dataclass
@@ -42,12 +40,10 @@ class StepSize:
         self.value *= math.exp(gain * (acceptance - self.target))
         self.logs.append(math.log(self.value))
 
-    def settle(self) -> None:
-        """Take the average, and be ready for new circumstances."""
-        if self.logs:
-            half = self.logs[len(self.logs) // 2 :]
-            self.value = math.exp(sum(half) / len(half))
-        self.logs = []
+    def settled(self) -> float:
+        """The average, on the logarithm, of where the second half of the iterations were."""
+        half = self.logs[len(self.logs) // 2 :]
+        return math.exp(sum(half) / len(half))
 
 
 @dataclass
@@ -60,32 +56,56 @@ class LengthSearch:
     Example:
         >>> search = LengthSearch(1.0)
         >>> while not search.is_done:
-        ...     search.report(-abs(search.length - 2.0))
+        ...     search.report(1.0 / abs(search.length - 2.0))
         >>> search.length
         2.25
     """
 
     length: float
-    best: tuple[float, float] = (math.nan, -math.inf)
-    factor: float = _FACTOR
+    best: float = math.nan
     is_done: bool = False
+    _efficiency: float = -math.inf
+    _factor: float = _FACTOR
+    _improvements: int = -1  # the first length is none
 
     def report(self, efficiency: float) -> None:
         """Say how efficient the present length was, and go to the next."""
-        length, reached = self.best
-        if efficiency > reached * (_BETTER if reached > 0 else 1.0):
-            self.best = (self.length, efficiency)
-            self.length *= self.factor
-        elif self.factor > 1.0 and math.isclose(self.length, length * _FACTOR):
-            self.factor = 1.0 / _FACTOR
-            self.length = length * self.factor
+        if self._improvements < 0 or efficiency > _BETTER * self._efficiency:
+            self.best, self._efficiency = self.length, efficiency
+            self._improvements += 1
+        elif self._factor > 1.0 and self._improvements == 0:
+            self._factor = 1.0 / _FACTOR
         else:
             self.is_done = True
-            self.length = length
+        self.length = self.best if self.is_done else self.best * self._factor
 
 
-def worst_effective_size(chains: Tensor) -> float:
-    """Effective draws of the worst mean or variance of chains ``(T, N, D)``."""
-    squares = (chains - chains.mean((0, 1))).square()
-    both = torch.cat([effective_sample_size(chains), effective_sample_size(squares)])
-    return float(both.min())
+def renewal(z: Tensor, num_directions: int = 4) -> Tensor:
+    r"""Effective draws per iteration of means and variances, as few iterations show them.
+
+    Effective sizes of a short run hide what does not change within it. The correlation
+    :math:`\rho` from one iteration to the next shows it, as :math:`(1 - \rho) / (1 + \rho)`, for
+    the elements, for the directions along which chains stay apart most, and for all their squares.
+
+    Args:
+        z: Draws, shape ``(T, N, D)``, in units that make elements comparable.
+        num_directions: Directions to look at, at most D.
+
+    Returns:
+        Shape ``(2 D + 2 num_directions,)``, from 0, where nothing moves, to 1.
+    """
+    centred = z - z.mean((0, 1))
+    directions = torch.linalg.svd(centred.mean(0), full_matrices=False).Vh[:num_directions]
+    series = torch.cat([centred, centred @ directions.T], -1)
+    correlation = torch.cat([_correlation(series), _correlation(series.square())])
+    return (1.0 - correlation) / (1.0 + correlation)
+
+
+def _correlation(
+    series: Tensor,  # shape: (T, N, P)
+) -> Tensor:
+    """Correlation between neighbours, at least 0, shape ``(P,)``."""
+    jump = (series[1:] - series[:-1]).square().mean((0, 1))
+    variance = series.var((0, 1))
+    ratio = torch.where(variance > 0, jump / variance, 0.0)
+    return (1.0 - 0.5 * ratio).clamp(0.0, 1.0)

@@ -65,11 +65,12 @@ class Metric:
         return noise @ self.scale.T if self.is_dense else noise * self.scale
 
     def whiten(self, displacements: Tensor) -> Tensor:
-        """The inverse of :meth:`unwhiten`."""
+        """The inverse of :meth:`unwhiten`, for any shape ``(..., D)``."""
         if not self.is_dense:
             return displacements / self.scale
-        solved: Tensor = torch.linalg.solve_triangular(self.scale, displacements.T, upper=False).T
-        return solved
+        rows = displacements.reshape(-1, len(self.scale))
+        solved: Tensor = torch.linalg.solve_triangular(self.scale, rows.T, upper=False).T
+        return solved.reshape(displacements.shape)
 
     def momentum(self, noise: Tensor) -> Tensor:
         """Momenta, whose covariance is this one's inverse, from rows with covariance one."""
