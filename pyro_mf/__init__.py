@@ -1,9 +1,10 @@
 """Mean-field variational inference for Pyro.
 
-One call that fits (:func:`fit`) and its parts: a guide (:class:`AutoMeanField`), an objective for
-stock ``SVI`` (:class:`ReverseKL`), the model as a captured density (:class:`LogJoint`), NUTS on it
-(:func:`run_nuts`), ArviZ results (:func:`from_pyro`, :func:`from_pyro_svi`), and the comparison of
-the two (:func:`compare_posteriors`, :func:`plot_comparison`).
+One call that fits (:func:`fit`) and its parts: a guide (:class:`AutoMeanField`), objectives for
+stock ``SVI`` (:class:`ReverseKL`, :class:`ForwardKL`), the model as a captured density
+(:class:`LogJoint`), NUTS on it (:func:`run_nuts`), ArviZ results (:func:`from_pyro`,
+:func:`from_pyro_svi`), and the comparison of the two (:func:`compare_posteriors`,
+:func:`plot_comparison`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pyro_mf._errors import (
     ConvergenceWarning,
     ConversionWarning,
     DifferentDataWarning,
+    EstimatorWarning,
     GuideMismatchError,
     GuideNotSetUpError,
     ImproperWarning,
@@ -31,7 +33,7 @@ from pyro_mf.baselines import NUTSResult, run_nuts
 from pyro_mf.density import LogJoint
 from pyro_mf.fitting import FitResult, fit
 from pyro_mf.guides import AutoMeanField
-from pyro_mf.objectives import ReverseKL
+from pyro_mf.objectives import ForwardKL, ReverseKL
 
 if TYPE_CHECKING:
     from pyro_mf.compare import PosteriorComparison, compare_posteriors
@@ -47,7 +49,9 @@ __all__ = [
     "ConvergenceWarning",
     "ConversionWarning",
     "DifferentDataWarning",
+    "EstimatorWarning",
     "FitResult",
+    "ForwardKL",
     "GuideMismatchError",
     "GuideNotSetUpError",
     "ImproperWarning",

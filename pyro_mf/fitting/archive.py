@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum, current_params
 from pyro_mf.fitting.saved import Densities, Saved, parse
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.outcome import Forward
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
@@ -124,6 +125,20 @@ def _entry(optimum: Optimum) -> dict[str, Any]:
         "params": optimum.params,
         **{name: getattr(outcome, name) for name in _OUTCOME},
         "losses": torch.tensor(outcome.losses, dtype=torch.float64),
+        "forward": _forward_content(outcome.forward),
+    }
+
+
+def _forward_content(forward: Forward | None) -> dict[str, Any] | None:
+    if forward is None:
+        return None
+    return {
+        "draws": {
+            field.name: getattr(forward.draws, field.name) for field in fields(forward.draws)
+        },
+        "eubo": forward.eubo,
+        "eubo_se": forward.eubo_se,
+        "bounds": forward.bounds._asdict(),
     }
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_mf.convert import from_pyro_svi, generations
+from pyro_mf.convert import from_pyro, from_pyro_svi, generations
 from pyro_mf.fitting.restarts import usable
 from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
 
+_RESAMPLED, _RESAMPLED_CHAINS = 4000, 4  # draws of weighted ones, which ArviZ does not know
 _PRIOR = frozenset({"prior", "prior_predictive"})  # one sample of its own, whatever the chains
 
 
@@ -44,6 +45,29 @@ def convert_result(result: FitResult, *, linear_response: bool = False, **kwargs
             seeded = {**kwargs, "seed": kwargs.get("seed", 0) + chain}
             chains.append(_convert(result, result.guide, seeded))
     return _joined(chains, best=optima.index(result.restarts[result.best]))
+
+
+def convert_draws(result: FitResult, **kwargs: Any) -> Any:
+    """The draws that moment matching fitted to; see :meth:`pyro_mf.FitResult.to_arviz`."""
+    draws = result.posterior_draws()
+    num_chains = int(draws.diagnostics.get("num_chains", 0))
+    if num_chains:
+        z = draws.z.unflatten(0, (-1, num_chains)).transpose(0, 1)
+    else:
+        z = draws.sample(_RESAMPLED, seed=result.seed).unflatten(0, (_RESAMPLED_CHAINS, -1))
+    own = {
+        "sampling_time": sum(result.seconds.values()),
+        "inference_method": draws.source,
+        "stop_reason": result.stop_reason,
+    }
+    problem = result.problem
+    return from_pyro(
+        result.layout.constrain(z.to(result.log_joint.dtype)),
+        model=problem.model,
+        model_args=problem.model_args,
+        model_kwargs=problem.model_kwargs,
+        **kwargs | {"attrs": own | dict(kwargs.get("attrs") or {})},
+    )
 
 
 def _convert(result: FitResult, guide: Any, kwargs: dict[str, Any]) -> Any:

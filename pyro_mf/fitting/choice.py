@@ -12,10 +12,15 @@ from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradi
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.matching import check_same_sites
-from pyro_mf.objectives import ReverseKL
+from pyro_mf.objectives import ForwardKL, ReverseKL
+from pyro_mf.solvers.posterior_draws import Source
 
-SolverName: TypeAlias = Literal["deterministic", "stochastic"]
-SOLVERS = ("auto", "deterministic", "stochastic")
+SolverName: TypeAlias = Literal["deterministic", "stochastic", "moment_matching"]
+SOLVERS = ("auto", "deterministic", "stochastic", "moment_matching")
+# What the solvers other than the stochastic one are for.
+_OBJECTIVES = {"deterministic": "ReverseKL", "moment_matching": "ForwardKL"}
+# Estimators of ForwardKL for which all draws can be made before the fit, and by what.
+_SOURCES: dict[str | None, Source | None] = {None: None, "hmc": "hmc", "smc": "smc"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,19 +31,22 @@ class Choice:
         solver: Its name.
         reason: Why, for a sentence that begins with the solver's name.
         needs_score: Whether the model has no gradient to follow.
+        source: For moment matching, where draws come from; ``None`` for the solver's choice.
     """
 
     solver: SolverName
     reason: str
     needs_score: bool = False
+    source: Source | None = None
 
 
-def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
+def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = False) -> Choice:
     """Choose a solver, or check that the one asked for can serve.
 
     Args:
         problem: What is to be solved; its guide is set up on the way if it is one of ours.
-        solver: ``"auto"``, ``"deterministic"`` or ``"stochastic"``.
+        solver: ``"auto"``, ``"deterministic"``, ``"stochastic"`` or ``"moment_matching"``.
+        has_draws: Whether draws of the posterior are there already.
 
     Raises:
         ValueError: If there is no such solver, or it cannot serve.
@@ -56,27 +64,48 @@ def choose_solver(problem: Problem, solver: str = "auto") -> Choice:
     if solver not in SOLVERS:
         names = ", ".join(map(repr, SOLVERS))
         raise ValueError(f"solver must be one of {names}; got {solver!r}.")
+    fast: SolverName = "moment_matching" if _is_forward(problem) else "deterministic"
     obstacle = _outside_model(problem) or _inside_model(problem)
     missing = None
-    if obstacle is None:
+    if obstacle is None and not has_draws:
         log_joint = problem.log_joint
         missing = describe_missing_gradient(log_joint) or describe_jump(log_joint)
     if missing is not None:
-        obstacle = f"the log density is not differentiable: {missing}; score gradients, slow"
+        obstacle = f"the log density is not differentiable: {missing}"
+        obstacle += "" if _is_forward(problem) else "; score gradients, slow"
     _set_up_guide(problem)
+    if solver not in ("auto", "stochastic", fast):
+        obstacle = f"it is for objective={_OBJECTIVES[solver]}()"
     if obstacle is None and solver != "stochastic":
-        reason = "reverse KL, Normal factors, full data, differentiable log density"
-        return Choice("deterministic", reason)
-    if solver == "deterministic":
+        return _fast(problem, fast, has_draws=has_draws)
+    if has_draws:
         raise ValueError(
-            f"solver='deterministic' cannot serve: {obstacle}. Leave the choice to "
-            "solver='auto', or ask for 'stochastic'."
+            "draws= is for moment matching (objective=ForwardKL()), which cannot serve: "
+            f"{obstacle or 'another solver is asked for'}. Leave draws out."
         )
-    return Choice("stochastic", obstacle or "asked for", missing is not None)
+    if solver not in ("auto", "stochastic"):
+        raise ValueError(
+            f"solver={solver!r} cannot serve: {obstacle}. Leave the choice to solver='auto', or "
+            "ask for 'stochastic'."
+        )
+    needs_score = missing is not None and not _is_forward(problem)
+    return Choice("stochastic", obstacle or "asked for", needs_score)
+
+
+def _is_forward(problem: Problem) -> bool:
+    return isinstance(problem.objective, ForwardKL)
+
+
+def _fast(problem: Problem, solver: SolverName, *, has_draws: bool) -> Choice:
+    if not isinstance(problem.objective, ForwardKL):
+        return Choice(solver, "reverse KL, Normal factors, full data, differentiable log density")
+    reason = "forward KL, full data, "
+    reason += "draws are given" if has_draws else "differentiable log density"
+    return Choice(solver, reason, source=_SOURCES[problem.objective.estimator])
 
 
 def _inside_model(problem: Problem) -> str | None:
-    """What about the model keeps the deterministic solver from serving.
+    """What about the model keeps a solver of the full data from serving.
 
     Raises:
         ModelError: If the model has nothing to infer, or is no model.
@@ -100,15 +129,18 @@ def _inside_model(problem: Problem) -> str | None:
 
 
 def _outside_model(problem: Problem) -> str | None:
-    """What about objective and guide keeps the deterministic solver from serving."""
+    """What about objective and guide keeps a solver of the full data from serving."""
     objective: Any = problem.objective
-    if objective is not None and not isinstance(objective, ReverseKL):
+    if isinstance(objective, ForwardKL):
+        if objective.estimator not in _SOURCES:
+            return f"estimator={objective.estimator!r} makes its draws step by step"
+    elif objective is not None and not isinstance(objective, ReverseKL):
         return f"the objective is {type(objective).__name__}, not the reverse KL"
     guide = problem.guide
     if not isinstance(guide, FlatGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
         return f"the guide ({name}) is not an AutoMeanField"
-    if not isinstance(guide.family, Normal):
+    if not isinstance(guide.family, Normal) and not _is_forward(problem):
         return f"the factors are of family '{guide.family.name}', not 'normal'"
     if guide.create_plates is not None:
         return "the guide subsamples plates of its own (create_plates)"

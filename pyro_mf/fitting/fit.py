@@ -18,6 +18,7 @@ from pyro_mf._errors import ConvergenceWarning, ModesWarning
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.families import Family
 from pyro_mf.fitting.choice import choose_solver
+from pyro_mf.fitting.given_draws import read_draws
 from pyro_mf.fitting.problem import Limits, at_least, read_problem
 from pyro_mf.fitting.progress import ProgressBar
 from pyro_mf.fitting.response import respond
@@ -37,6 +38,7 @@ def fit(
     family: str | Family | None = None,
     objective: ELBO | None = None,
     solver: str = "auto",
+    draws: Any | None = None,
     num_restarts: int = 1,
     tolerance: float = 0.1,
     max_gradients: int | None = None,
@@ -60,11 +62,16 @@ def fit(
         objective: An objective in the manner of :class:`pyro.infer.ELBO`; by default
             :class:`~pyro_mf.ReverseKL`.
         solver: ``"deterministic"`` (fixed draws, second order: reverse KL, Normal factors, full
-            data), ``"stochastic"`` (everything else), or ``"auto"``.
+            data), ``"moment_matching"`` (forward KL, full data: draws of the posterior first, then
+            each factor by itself), ``"stochastic"`` (everything else), or ``"auto"``.
+        draws: Draws of the posterior for the forward KL, instead of those that it would make: a
+            result of :func:`~pyro_mf.run_nuts`, a Pyro ``MCMC`` after its run, an ``InferenceData``
+            or ``DataTree``, or a mapping from latent sites to tensors ``(S, *shape)`` or
+            ``(chains, S, *shape)`` in the model's own space.
         num_restarts: Number of starts, the first from the guide's own values and others dispersed.
             Every optimum is kept; the one with the highest ELBO is the result.
         tolerance: Error that the solver may leave in the result, in sds. With minibatches 0.2 takes
-            about a quarter of the steps of 0.1.
+            about a quarter of the steps of 0.1; so it does with the forward KL.
         max_gradients: Budget in gradient evaluations per start; by default the solver's own.
         seed: Seed of everything random: the same seed gives the same bits. Torch's global generator
             is left as it was.
@@ -75,9 +82,10 @@ def fit(
 
     Raises:
         TypeError: If model or guide cannot be called, ``model_args`` is no tuple, the objective is
-            no ELBO, or a number is no integer.
+            no ELBO, a number is no integer, or ``draws`` are no draws.
         ValueError: If a number is out of range, the solver is unknown or cannot serve, restarts are
-            asked of a guide that they cannot start anew, or Pyro's effect handlers are around.
+            asked of a guide that they cannot start anew, ``draws`` do not fit the model or are not
+            finite, or Pyro's effect handlers are around.
         ModelError: If the model or its data are at fault.
         GuideMismatchError: If the guide belongs to another model.
 
@@ -98,6 +106,8 @@ def fit(
     References:
         Giordano, Ingram and Broderick (2024), Black Box Variational Inference with a Deterministic
         Objective, https://arxiv.org/abs/2304.05527
+        Naesseth, Lindsten and Blei (2020), Markovian Score Climbing: Variational Inference with
+        KL(p||q), https://arxiv.org/abs/2003.10374
     """
     at_least("num_restarts", num_restarts, 1)
     at_least("seed", seed, 0)
@@ -121,7 +131,13 @@ def fit(
     ):
         begin = time.perf_counter()
         bar(Progress("reading the model", 0, math.nan, math.nan))
-        choice = choose_solver(problem, solver)
+        choice = choose_solver(problem, solver, has_draws=draws is not None)
+        if num_restarts > 1 and choice.solver == "moment_matching":
+            raise ValueError(
+                "num_restarts is for the reverse KL, whose optima depend on the start; the forward "
+                "KL has one, and its chains start in many places. Leave num_restarts out."
+            )
+        given = None if draws is None else read_draws(draws, problem.log_joint)
         prepared = time.perf_counter() - begin
         optima, failures = solve_from_starts(
             problem,
@@ -130,6 +146,7 @@ def fit(
             seed=seed,
             limits=limits,
             report_for=bar.labelled,
+            given=given,
         )
         best = best_of(optima)
         seconds = _add_seconds({"prepare": prepared}, optima)

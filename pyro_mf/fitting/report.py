@@ -10,6 +10,7 @@ from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
+    from pyro_mf.solvers.evidence import EvidenceBounds
 
 _WIDTH = 100
 _INDENT = 18
@@ -44,8 +45,15 @@ def report(result: FitResult) -> str:
         _line("solver", f"{result.solver}: {result.reason}"),
         _line("stopped", result.message),
         _line("cost", _cost(result)),
-        _line("linear response", _linear_response(result)),
     ]
+    forward = result.outcome.forward
+    if forward is None:
+        lines.append(_line("linear response", _linear_response(result)))
+    else:
+        lines += [
+            _line("EUBO", f"{with_error(forward.eubo, forward.eubo_se)} nats"),
+            _line("log evidence", _evidence(forward.bounds)),
+        ]
     if (believe := _believe(result)) is not None:
         lines.append(_line("sds to believe", believe))
     if len(result.restarts) > 1:
@@ -86,8 +94,18 @@ def _linear_response(result: FitResult) -> str:
     )
 
 
+def _evidence(bounds: EvidenceBounds) -> str:
+    lower, upper = with_error(*bounds[:2]), with_error(*bounds[2:])
+    return f"from {lower} to {upper} nats, by the best approximation known"
+
+
 def _believe(result: FitResult) -> str | None:
     response = result.response
+    if result.draws is not None:
+        return (
+            "sd_draws: those of the draws of the posterior; the factors have the same on the "
+            "unconstrained axis"
+        )
     if response is None or response.found is None:
         return None
     elbo = with_error(response.elbo, response.elbo_se)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from pyro_mf.fitting.problem import Problem, at_least
 from pyro_mf.fitting.response import Response, elements_of, respond, respond_at
 from pyro_mf.fitting.restarts import Optimum
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.evidence import EvidenceBounds
 from pyro_mf.solvers.linear_response import LinearResponse
 from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.outcome import Outcome, StopReason
+from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +33,7 @@ class FitResult:
 
     Args:
         problem: Model, arguments, trained guide and objective.
-        solver: Which solver ran: ``"deterministic"`` or ``"stochastic"``.
+        solver: Which solver ran: ``"deterministic"``, ``"moment_matching"`` or ``"stochastic"``.
         reason: Why that one.
         seed: Seed of the fit.
         restarts: Where each start ended, in order; one entry without restarts.
@@ -84,8 +87,40 @@ class FitResult:
         return self.outcome.elbo_se
 
     @property
+    def eubo(self) -> float:
+        """Evidence upper bound of the guide in nats; NaN unless fitted by moment matching.
+
+        ``eubo - elbo`` is KL(q || p) + KL(p || q).
+        """
+        return math.nan if self.outcome.forward is None else self.outcome.forward.eubo
+
+    @property
+    def eubo_se(self) -> float:
+        """Standard error of :attr:`eubo` in nats."""
+        return math.nan if self.outcome.forward is None else self.outcome.forward.eubo_se
+
+    @property
+    def evidence(self) -> EvidenceBounds:
+        """Between which two numbers the log evidence lies, in nats, each with its error.
+
+        From below by an ELBO; from above by an EUBO, which needs draws of the posterior and is
+        infinite without: only moment matching has them.
+        """
+        if self.outcome.forward is not None:
+            return self.outcome.forward.bounds
+        return EvidenceBounds(self.elbo, self.elbo_se, math.inf, math.nan)
+
+    @property
+    def draws(self) -> PosteriorDraws | None:
+        """Draws of the posterior that moment matching fitted the factors to, else ``None``."""
+        return None if self.outcome.forward is None else self.outcome.forward.draws
+
+    @property
     def losses(self) -> tuple[float, ...]:
-        """Negative ELBO in nats after each iteration of the best start."""
+        """The objective in nats after each iteration of the best start; none of moment matching.
+
+        That is the negative ELBO for the reverse KL, the cross-entropy for the forward KL.
+        """
         return self.outcome.losses
 
     @property
@@ -159,6 +194,19 @@ class FitResult:
             return found
         return self.response
 
+    def posterior_draws(self) -> PosteriorDraws:
+        """:attr:`draws`, where there are any.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self.draws is None:
+            raise ValueError(
+                f"this fit has no draws of the posterior: it is by the {self.solver} solver. Only "
+                "moment matching makes them, as in fit(..., objective=ForwardKL())."
+            )
+        return self.draws
+
     def linear_response_guide(self) -> Any:
         """A Pyro guide whose uncertainty is that of linear response.
 
@@ -186,14 +234,21 @@ class FitResult:
             ``50%`` and ``95%`` of the mean-field posterior, and ``mean_lr`` and ``sd_lr`` with the
             covariance from linear response. These two are NaN where there is none, and
             ``.attrs["linear_response"]`` says why; ``.attrs["believe"]`` is the sd to believe,
-            ``"sd"`` or ``"sd_lr"``, that of the Gaussian with the higher ELBO.
+            ``"sd"`` or ``"sd_lr"``, that of the Gaussian with the higher ELBO. A fit by moment
+            matching has ``mean_draws`` and ``sd_draws`` in place of these two, those of the draws
+            of the posterior themselves: what Normal factors on an unconstrained axis cannot be.
         """
         from pyro_mf.fitting.summary import summarise
 
         return summarise(self, deterministic=deterministic)
 
     def sample(
-        self, num_draws: int, *, linear_response: bool = False, seed: int = 0
+        self,
+        num_draws: int,
+        *,
+        linear_response: bool = False,
+        draws: bool = False,
+        seed: int = 0,
     ) -> dict[str, Tensor]:
         """Draw from the fitted posterior, in the model's own space and on full plates.
 
@@ -201,6 +256,7 @@ class FitResult:
             num_draws: Number of draws S, at least 1.
             linear_response: Whether to draw from the Gaussian of :meth:`linear_response`, with
                 correlations, in place of the mean-field posterior.
+            draws: Whether to take some of :attr:`draws`, by weight and with replacement.
             seed: Seed of the draws.
 
         Returns:
@@ -208,22 +264,38 @@ class FitResult:
 
         Raises:
             LinearResponseError: If linear response is asked for and there is none.
+            ValueError: If draws of the posterior are asked for and there are none, or both are.
         """
-        z = self.sample_unconstrained(num_draws, linear_response=linear_response, seed=seed)
+        z = self.sample_unconstrained(
+            num_draws, linear_response=linear_response, draws=draws, seed=seed
+        )
         return self.layout.constrain(z)
 
     def sample_unconstrained(
-        self, num_draws: int, *, linear_response: bool = False, seed: int = 0
+        self,
+        num_draws: int,
+        *,
+        linear_response: bool = False,
+        draws: bool = False,
+        seed: int = 0,
     ) -> Tensor:
-        """Draw flat unconstrained vectors, shape ``(S, D)``; see :meth:`sample`."""
+        """Draw flat unconstrained vectors, shape ``(S, D)``; see :meth:`sample`.
+
+        Raises:
+            LinearResponseError: As there.
+            ValueError: As there.
+        """
         at_least("num_draws", num_draws, 1)
-        if linear_response:
-            z = self.linear_response().sample(num_draws, seed=seed)
+        if linear_response and draws:
+            raise ValueError("linear_response and draws exclude each other. Choose one.")
+        if linear_response or draws:
+            source = self.linear_response() if linear_response else self.posterior_draws()
+            z = source.sample(num_draws, seed=seed)
             return z.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
         args, kwargs = self.problem.model_args, self.problem.model_kwargs
         return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed).z
 
-    def to_arviz(self, *, linear_response: bool = False, **kwargs: Any) -> Any:
+    def to_arviz(self, *, linear_response: bool = False, draws: bool = False, **kwargs: Any) -> Any:
         """Convert for ArviZ.
 
         A fit with restarts becomes one chain per start, each drawn from the optimum that it ended
@@ -232,16 +304,21 @@ class FitResult:
 
         Args:
             linear_response: Whether to draw from the Gaussian of :meth:`linear_response`.
-            **kwargs: As for :func:`pyro_mf.from_pyro_svi`.
+            draws: Whether to take :attr:`draws`: chains as they are, weighted draws resampled.
+            **kwargs: As for :func:`pyro_mf.from_pyro_svi`, or with ``draws`` as for
+                :func:`pyro_mf.from_pyro`.
 
         Returns:
             An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
 
         Raises:
             LinearResponseError: If linear response is asked for and there is none.
+            ValueError: If draws of the posterior are asked for and there are none.
         """
-        from pyro_mf.fitting.chains import convert_result
+        from pyro_mf.fitting.chains import convert_draws, convert_result
 
+        if draws:
+            return convert_draws(self, **kwargs)
         return convert_result(self, linear_response=linear_response, **kwargs)
 
     def resume(
@@ -262,7 +339,7 @@ class FitResult:
 
         Raises:
             TypeError: If a number is of the wrong kind.
-            ValueError: If the solver was the deterministic one, or a number is not positive.
+            ValueError: If the solver was another one, or a number is not positive.
         """
         from pyro_mf.fitting.fit import resume
 

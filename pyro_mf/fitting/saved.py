@@ -11,10 +11,12 @@ from torch import Tensor
 from pyro_mf._errors import CheckpointError
 from pyro_mf.fitting.response import Response
 from pyro_mf.fitting.restarts import Optimum
+from pyro_mf.solvers.evidence import EvidenceBounds
 from pyro_mf.solvers.linear_response import LinearResponse
-from pyro_mf.solvers.outcome import Outcome, StopReason
+from pyro_mf.solvers.outcome import Forward, Outcome, StopReason
+from pyro_mf.solvers.posterior_draws import PosteriorDraws, Source
 
-_SOLVERS = ("deterministic", "stochastic")
+_SOLVERS = ("deterministic", "stochastic", "moment_matching")
 _NUMBER = (int, float)
 
 
@@ -112,8 +114,35 @@ def _optimum(entry: Mapping[str, Any]) -> Optimum:
         notes=tuple(_list(entry, "notes", str)),
         refusal=_part(entry, "refusal", str),
         state=_part(entry, "state", dict),
+        forward=_forward(entry.get("forward")),
     )
     return Optimum(_part(entry, "seed", int), outcome, tuple(_list(entry, "params", Tensor)))
+
+
+def _forward(content: Mapping[str, Any] | None) -> Forward | None:
+    if content is None:  # an older file, or a fit by another objective
+        return None
+    drawn = _part(content, "draws", dict)
+    source = _part(drawn, "source", str)
+    _require(source in get_args(Source), f"source is {source!r}")
+    names = ("z", "log_weights", "log_density", "mean_error", "sd_error")
+    tensors = {name: _part(drawn, name, Tensor) for name in names}
+    shapes = [list(x.shape) for x in tensors.values()]
+    count, size = shapes[0]
+    expected = [[count, size], [count], [count], [size], [size]]
+    _require(shapes == expected, f"draws of the posterior have shapes {shapes}")
+    bounds = _mapping(content, "bounds", _NUMBER)
+    return Forward(
+        PosteriorDraws(
+            source=source,
+            **tensors,
+            problems=tuple(_list(drawn, "problems", str)),
+            diagnostics=_mapping(drawn, "diagnostics", _NUMBER),
+        ),
+        _part(content, "eubo", _NUMBER),
+        _part(content, "eubo_se", _NUMBER),
+        EvidenceBounds(**bounds),
+    )
 
 
 def _response(content: Mapping[str, Any] | None) -> Response | None:

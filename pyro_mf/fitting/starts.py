@@ -15,6 +15,7 @@ from pyro_mf.fitting.restarts import Optimum, best_of, current_params
 from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
+from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 from pyro_mf.solvers.outcome import Report
 from pyro_mf.solvers.stochastic import solve_stochastic
 
@@ -32,6 +33,7 @@ def solve(
     limits: Limits,
     report: Report,
     disperse: bool = False,
+    given: Tensor | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Optimum:
     """Run the chosen solver from one start; the problem's guide ends at the optimum.
@@ -43,12 +45,21 @@ def solve(
         limits: When it stops.
         report: Where progress goes.
         disperse: Start the stochastic solver at a random point.
+        given: Draws of the posterior for moment matching, shape ``(chains, S, D)``.
         state: State of an earlier run of the stochastic solver, to go on from there.
     """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
+    options = limits.options("max_gradients")
     if choice.solver == "deterministic":
-        options = limits.options("max_gradients")
         outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
+    elif choice.solver == "moment_matching" and given is not None:
+        outcome = fit_given(
+            problem.log_joint, guide, given, seed=seed, tolerance=limits.tolerance, report=report
+        )
+    elif choice.solver == "moment_matching":
+        outcome = solve_moments(
+            problem.log_joint, guide, method=choice.source, seed=seed, report=report, **options
+        )
     else:
         if disperse:
             guide.set_flat_params(_random_start(guide, seed))
@@ -74,6 +85,7 @@ def solve_from_starts(
     seed: int,
     limits: Limits,
     report_for: Callable[[str], Report],
+    given: Tensor | None = None,
 ) -> tuple[tuple[Optimum, ...], tuple[str, ...]]:
     """Run the solver from the guide's own start and from dispersed ones, until Ctrl-C.
 
@@ -84,6 +96,7 @@ def solve_from_starts(
         seed: Seed of the first start, and of all others through it.
         limits: When each start stops.
         report_for: Makes a report for a start from its label.
+        given: As for :func:`solve`.
 
     Returns:
         The optima, in the order of the starts, and a sentence for each start that failed.
@@ -94,7 +107,7 @@ def solve_from_starts(
     """
     if num == 1:
         report = report_for("fit")
-        only = solve(problem, choice, seed=seed, limits=limits, report=report)
+        only = solve(problem, choice, seed=seed, limits=limits, report=report, given=given)
         return (only,), ()
     seeds = [seed + k for k in range(num)]
     reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from pyro_mf.density import Site
     from pyro_mf.fitting.result import FitResult
+    from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 _DRAWS = 4000
+_MAX_DRAWS = 20_000  # of the posterior that are mapped to the model's space
 _NODES = 128  # of a Gauss-Hermite rule: exact to rounding for exp(u) with sds up to about 5
 _GRID = 4001  # quantiles that stand for a factor of another family
 _PROBABILITIES = (0.05, 0.5, 0.95)
@@ -89,6 +91,11 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
     if isinstance(guide, FlatGuide):
         factors = Factors(guide.family, tuple(p.detach() for p in guide.flat_params()))
     plain = _moments(result, factors, linear_response=False, deterministic=deterministic)
+    if result.draws is not None:
+        known = _of_posterior(result, result.draws, deterministic=deterministic)
+        table = pd.concat([_table(site, m, known[site], "draws") for site, m in plain.items()])
+        table.attrs = {"believe": "sd_draws"}
+        return table
     corrected: dict[str, Moments] = {}
     response = result.known_response()
     if response.found is not None:
@@ -96,7 +103,7 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
         params = (x.to(like.device, like.dtype) for x in (response.found.loc, response.found.sd))
         factors = Factors(Normal(), tuple(params))
         corrected = _moments(result, factors, linear_response=True, deterministic=deterministic)
-    table = pd.concat([_table(site, m, corrected.get(site)) for site, m in plain.items()])
+    table = pd.concat([_table(site, m, corrected.get(site), "lr") for site, m in plain.items()])
     table.attrs = {"believe": "sd_lr" if response.is_better(result.outcome) else "sd"}
     if response.refusal:
         table.attrs["linear_response"] = response.refusal
@@ -129,15 +136,35 @@ def _moments(
     return {name: moments for name, moments in found.items() if moments is not None}
 
 
-def _table(site: str, plain: Moments, corrected: Moments | None) -> pd.DataFrame:
+def _of_posterior(
+    result: FitResult, draws: PosteriorDraws, *, deterministic: bool
+) -> dict[str, Moments]:
+    """Moments of the posterior as its weighted draws know them."""
+    z, weights = draws.z, draws.weights
+    if len(z) > _MAX_DRAWS:
+        z = draws.sample(_MAX_DRAWS, seed=result.seed)
+        weights = torch.full((_MAX_DRAWS,), 1.0 / _MAX_DRAWS, dtype=z.dtype)
+    like = result.log_joint
+    z = z.to(dtype=like.dtype, device=like.device)
+    values = result.layout.constrain(z)
+    if deterministic:
+        values |= like.evaluate(z).deterministics
+    found = {}
+    for name, x in values.items():
+        mean, sd = _mean_and_sd(x.double().cpu(), weights)
+        found[name] = Moments(mean, sd, mean.expand(3, *mean.shape))
+    return found
+
+
+def _table(site: str, plain: Moments, corrected: Moments | None, suffix: str) -> pd.DataFrame:
     import pandas as pd
 
     unknown = torch.full_like(plain.mean, torch.nan)
     columns = {
         "mean": plain.mean,
         "sd": plain.sd,
-        "mean_lr": unknown if corrected is None else corrected.mean,
-        "sd_lr": unknown if corrected is None else corrected.sd,
+        f"mean_{suffix}": unknown if corrected is None else corrected.mean,
+        f"sd_{suffix}": unknown if corrected is None else corrected.sd,
     }
     columns |= {f"{p:.0%}": q for p, q in zip(_PROBABILITIES, plain.quantiles, strict=True)}
     return pd.DataFrame(

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from pyro_mf.solvers.evidence import EvidenceBounds
 from pyro_mf.solvers.linear_response import LinearResponse
+from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 StopReason = Literal["converged", "budget", "interrupted", "diverged"]
 """Why a solver stopped. Whatever the reason, the guide holds the best parameters it has seen."""
@@ -37,6 +39,23 @@ def silent(progress: Progress) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Forward:
+    """What a fit by forward KL knows beyond its guide.
+
+    Args:
+        draws: Draws of the posterior that the factors were fitted to.
+        eubo: Evidence upper bound of the guide, in nats: log evidence plus KL(p || q).
+        eubo_se: Its standard error.
+        bounds: Between which the log evidence lies, by the best approximation known.
+    """
+
+    draws: PosteriorDraws
+    eubo: float
+    eubo_se: float
+    bounds: EvidenceBounds
+
+
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """The end of a solver's run; the parameters are in the guide.
 
@@ -52,6 +71,7 @@ class Outcome:
         response: Linear response at the optimum, where the solver computed it.
         refusal: Why there is none.
         state: Tensors and numbers from which the solver can go on.
+        forward: Draws and bounds of a fit by forward KL.
     """
 
     elbo: float
@@ -65,6 +85,7 @@ class Outcome:
     response: LinearResponse | None = None
     refusal: str = ""
     state: dict[str, Any] = field(default_factory=dict, repr=False)
+    forward: Forward | None = None
 
     @property
     def converged(self) -> bool:

@@ -8,6 +8,7 @@ import pyro_mf as mf
 
 CALLABLE = {
     "AutoMeanField",
+    "ForwardKL",
     "LogJoint",
     "ReverseKL",
     "compare_posteriors",
@@ -31,6 +32,7 @@ WARNED = {
     "ConvergenceWarning",
     "ConversionWarning",
     "DifferentDataWarning",
+    "EstimatorWarning",
     "ImproperWarning",
     "KhatWarning",
     "MinibatchWarning",

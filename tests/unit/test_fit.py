@@ -299,7 +299,7 @@ class TestBadInput:
             ({"model_args": THREE}, TypeError, "model_args must be a tuple .* got Tensor"),
             ({"model_args": "x"}, TypeError, "model_args must be a tuple; got 'x'"),
             ({"model_kwargs": (1,)}, TypeError, "model_kwargs must be a mapping"),
-            ({"solver": "newton"}, ValueError, "'auto', 'deterministic', 'stochastic'; got 'newt"),
+            ({"solver": "newton"}, ValueError, "'stochastic', 'moment_matching'; got 'newt"),
             ({"objective": "elbo"}, TypeError, "objective must be an instance of pyro.infer.ELBO"),
             ({"objective": ReverseKL}, TypeError, "got the class ReverseKL"),
             ({"num_restarts": 0}, ValueError, "num_restarts must be at least 1; got 0"),

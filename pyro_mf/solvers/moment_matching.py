@@ -1,0 +1,279 @@
+r"""Forward KL: draws of the posterior first, then every factor fitted to them by itself.
+
+:math:`KL(p \,\|\, \prod_i q_i)` is the sum of the factors' own divergences from the marginals and a
+constant, so its optimum needs no optimiser, only draws of the posterior. They must not come from
+the mean-field approximation itself: in more than a few correlated dimensions its importance weights
+have no finite variance. The reverse KL's optimum with its linear response is where they start.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
+from pyro_mf.families import Normal
+from pyro_mf.guides import AutoMeanField
+from pyro_mf.guides.protocol import FactorisedGuide
+from pyro_mf.solvers import random_state
+from pyro_mf.solvers.chains import ChainDraws
+from pyro_mf.solvers.deterministic import solve_deterministic
+from pyro_mf.solvers.evidence import bounds_from, gaussian_log_prob
+from pyro_mf.solvers.fixed_draw_elbo import Estimate
+from pyro_mf.solvers.minimise import MAX_DENSE
+from pyro_mf.solvers.outcome import Forward, Outcome, Progress, Report, silent
+from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
+from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
+
+# Standard errors that fit into the tolerance: so large is the largest of thousands of errors.
+_Z = 4.0
+_NUM_FRESH = 2048
+_START_TOLERANCE = 0.3  # of the reverse fit, which is only where the draws start
+_REFUSAL = (
+    "it widens the factors of a fit by reverse KL; those of a fit by forward KL are as wide as the "
+    "posterior's marginals"
+)
+
+
+def solve_moments(
+    log_joint: LogJoint,
+    guide: FactorisedGuide,
+    *,
+    method: Source | None = None,
+    seed: int = 0,
+    tolerance: float = 0.1,
+    max_gradients: int = 15_000,
+    report: Report = silent,
+) -> Outcome:
+    """Fit each factor to the posterior's marginal, from draws made here.
+
+    Ctrl-C ends the run; the guide is then fitted to the draws so far, or holds the optimum of the
+    reverse KL where there are none.
+
+    Args:
+        log_joint: The density, of the full data.
+        guide: A guide for the same latents, set up; it gets the optimum.
+        method: Where the draws come from; by default chosen by the number of latents, and changed
+            where a check fails.
+        seed: Seed of everything random.
+        tolerance: Error of means, in posterior sds, and of sds, relative; four standard errors of
+            the draws are at most that.
+        max_gradients: Budget, in gradients of the log joint at 64 points each.
+        report: Called with the progress.
+
+    Returns:
+        The outcome with the draws, the EUBO and bounds on the log evidence. It has converged only
+        if no check of the draws failed.
+
+    Raises:
+        ModelError: If the reverse fit found no start.
+    """
+    start, loc, scale, seconds = _start(log_joint, guide, seed, max_gradients, report)
+    if start.stop_reason in ("diverged", "interrupted"):
+        message = f"the reverse KL's fit, where draws would start, ended: {start.message}"
+        return replace(start, message=message, refusal=_REFUSAL, response=None)
+    sampler = PosteriorSampler(
+        Blocks(log_joint),
+        loc,
+        scale,
+        max_error=tolerance / _Z,
+        max_gradients=max(1, max_gradients - start.num_gradients),
+        generator=torch.Generator().manual_seed(seed),
+        report=report,
+    )
+    began = time.perf_counter()
+    drawn = sampler.draw(method)
+    seconds["draw"] = time.perf_counter() - began
+    num_gradients = start.num_gradients + sampler.num_gradients
+    if drawn is None:
+        return replace(
+            start,
+            stop_reason="budget" if sampler.ending == "converged" else sampler.ending,
+            message="no draws of the posterior were made; the guide holds the reverse KL's optimum",
+            num_gradients=num_gradients,
+            seconds=seconds,
+            notes=(*start.notes, *sampler.notes),
+            refusal=_REFUSAL,
+            response=None,
+        )
+    found = _fit(
+        log_joint,
+        guide,
+        *drawn,
+        seed=seed,
+        start_elbo=Estimate(start.elbo, start.elbo_se),
+        gaussian=(loc, torch.diag(scale) if scale.dim() == 1 else scale),
+    )
+    draws = drawn[1]
+    if sampler.ending == "converged":
+        message = _describe(draws)
+    elif sampler.ending == "interrupted":
+        message = f"interrupted by the user; fitted to {NAMES[draws.source]} so far"
+    else:
+        message = f"fitted to {NAMES[draws.source]}, but {'; and '.join(draws.problems)}"
+    return replace(
+        found,
+        stop_reason=sampler.ending,
+        message=message,
+        num_gradients=num_gradients,
+        seconds=seconds | found.seconds,
+        notes=(*_start_notes(start), *sampler.notes),
+    )
+
+
+def fit_given(
+    log_joint: LogJoint,
+    guide: FactorisedGuide,
+    z: Tensor,
+    *,
+    seed: int = 0,
+    tolerance: float = 0.1,
+    report: Report = silent,
+) -> Outcome:
+    """Fit each factor to draws of the posterior that are there already.
+
+    Args:
+        log_joint: The density, of the full data.
+        guide: A guide for the same latents, set up; it gets the optimum.
+        z: Draws on the unconstrained space, shape ``(chains, S, D)``.
+        seed: Seed of the draws for the ELBO.
+        tolerance: Standard error of means, in posterior sds, and of sds, relative, from which on
+            the draws are too few.
+        report: Called with the progress.
+    """
+    began = time.perf_counter()
+    report(Progress("draws given", 0, math.nan, math.nan))
+    by_iteration = z.transpose(0, 1)
+    values = Blocks(log_joint).values(by_iteration.flatten(0, 1))
+    chains = ChainDraws(by_iteration, values.reshape(by_iteration.shape[:2]))
+    problems = chains.problems(log_joint.layout.element_names())
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        problems += (f"the model has no finite density at {bad} of {len(values)} draws",)
+    if chains.largest_error > tolerance:  # there are no more of them, so no less is asked
+        problems += (
+            f"the largest standard error of a mean or sd is {chains.largest_error:.3f} sds, above "
+            f"the tolerance of {tolerance:g}",
+        )
+    draws = chains.freeze("given", problems, {"num_chains": float(len(z))})
+    seconds = {"draw": time.perf_counter() - began}
+    found = _fit(log_joint, guide, chains, draws, seed=seed)
+    return replace(
+        found,
+        stop_reason="budget" if problems else "converged",
+        message=f"fitted to the draws given, but {'; and '.join(problems)}"
+        if problems
+        else _describe(draws),
+        seconds=seconds | found.seconds,
+    )
+
+
+def _start(
+    log_joint: LogJoint, guide: FactorisedGuide, seed: int, max_gradients: int, report: Report
+) -> tuple[Outcome, Tensor, Tensor, dict[str, float]]:
+    """The reverse KL's optimum, with the Gaussian's location and sds or Cholesky factor."""
+    normal: Any = guide
+    if not isinstance(guide.family, Normal):
+        normal = AutoMeanField(log_joint.model)
+        normal.setup(*log_joint.model_args, **log_joint.model_kwargs)
+    outcome = solve_deterministic(
+        log_joint,
+        normal,
+        seed=seed,
+        tolerance=_START_TOLERANCE,
+        max_gradients=max_gradients,
+        report=report,
+    )
+    loc, scale = (p.detach().double().cpu() for p in normal.flat_params())
+    if normal is not guide:
+        guide.set_flat_params(guide.family.init(loc, scale))
+    seconds = {"reverse KL": sum(outcome.seconds.values())}
+    if outcome.response is not None:
+        return outcome, loc, outcome.response.scale_tril.double().cpu(), seconds
+    return outcome, loc, torch.diag(scale) if len(loc) <= MAX_DENSE else scale, seconds
+
+
+def _start_notes(start: Outcome) -> tuple[str, ...]:
+    if start.converged:
+        return ()
+    return (f"the reverse KL's fit, where draws start, did not converge: {start.message}",)
+
+
+def _fit(
+    log_joint: LogJoint,
+    guide: FactorisedGuide,
+    averages: Expectations,
+    draws: PosteriorDraws,
+    *,
+    seed: int,
+    start_elbo: Estimate | None = None,
+    gaussian: tuple[Tensor, Tensor] | None = None,
+) -> Outcome:
+    """Fit the factors, and bound the evidence by them and by a Gaussian that is nearer."""
+    began = time.perf_counter()
+    guide.set_flat_params(tuple(guide.family.fit_weighted(draws.z, draws.log_weights)))
+    seconds = {"fit": time.perf_counter() - began}
+    began = time.perf_counter()
+    blocks = Blocks(log_joint)
+
+    def eubo(log_prob: Tensor) -> Estimate:
+        used = draws.log_weights > -math.inf
+        ratio = torch.where(used, draws.log_density - log_prob, 0.0)
+        value, error = averages.expectation(ratio[:, None])
+        return Estimate(float(value), float(error))
+
+    def elbo(z: Tensor, log_prob: Tensor) -> Estimate:
+        ratio = blocks.values(z.double().cpu()) - log_prob
+        return Estimate(float(ratio.mean()), float(ratio.std()) / len(z) ** 0.5)
+
+    with torch.no_grad(), random_state.forked(seed + 1_000_003):
+        z = guide.sample_unconstrained(_NUM_FRESH)
+        own_elbo, own_eubo = elbo(z, _log_prob(guide, z)), eubo(_log_prob(guide, draws.z))
+        elbos, eubos = [own_elbo], [own_eubo]
+        if gaussian is not None:
+            loc, tril = gaussian
+            z = loc + torch.randn(_NUM_FRESH, len(loc), dtype=loc.dtype) @ tril.T
+            elbos.append(elbo(z, gaussian_log_prob(z, loc, tril)))
+            eubos.append(eubo(gaussian_log_prob(draws.z, loc, tril)))
+    if start_elbo is not None:
+        elbos.append(start_elbo)
+    seconds["evidence"] = time.perf_counter() - began
+    return Outcome(
+        elbo=own_elbo.elbo,
+        elbo_se=own_elbo.se,
+        stop_reason="converged",
+        message="",
+        losses=(),
+        num_gradients=0,
+        seconds=seconds,
+        refusal=_REFUSAL,
+        forward=Forward(draws, *own_eubo, bounds_from(elbos, eubos)),
+    )
+
+
+def _log_prob(guide: FactorisedGuide, z: Tensor) -> Tensor:
+    like = guide.flat_leaves()[0]
+    return guide.log_prob_unconstrained(z.to(like)).double().cpu()
+
+
+def _describe(draws: PosteriorDraws) -> str:
+    numbers = ", ".join(
+        f"{label} {draws.diagnostics[key]:{spec}}"
+        for key, label, spec in (
+            ("khat", "k-hat", ".2f"),
+            ("rhat", "R-hat", ".3f"),
+            ("ess", "effective draws", ".0f"),
+        )
+        if key in draws.diagnostics
+    )
+    return (
+        f"the Monte Carlo errors of {NAMES[draws.source]} are at most "
+        f"{float(draws.mean_error.max()):.3f} sds for a mean and {float(draws.sd_error.max()):.1%} "
+        f"for an sd ({numbers})"
+    )

@@ -1,0 +1,73 @@
+"""Draws of the posterior, whatever made them, and what they say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_mf.weights import normalize
+
+Source: TypeAlias = Literal["importance", "hmc", "smc", "given"]
+"""Adaptive importance sampling, parallel HMC chains, tempered SMC, or draws that were given."""
+
+
+class Expectations(Protocol):
+    """Draws that know the Monte Carlo errors of their averages."""
+
+    def expectation(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Averages of functions ``(S, K)`` of the draws, and standard errors, each ``(K,)``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorDraws:
+    """Weighted draws of the posterior on the unconstrained space.
+
+    Args:
+        source: Where they are from.
+        z: Draws, shape ``(S, D)``.
+        log_weights: Their log weights in nats, shape ``(S,)``; equal for chains.
+        log_density: Log joint at each, in nats, shape ``(S,)``.
+        mean_error: Standard errors of the means, in posterior sds, shape ``(D,)``.
+        sd_error: Relative standard errors of the sds, shape ``(D,)``.
+        problems: Why they are not to be trusted, in words; empty where nothing speaks against it.
+        diagnostics: Numbers on how they were made: ``khat``, ``ess``, ``rhat``, ``acceptance``, ...
+    """
+
+    source: Source
+    z: Tensor = field(repr=False)
+    log_weights: Tensor = field(repr=False)
+    log_density: Tensor = field(repr=False)
+    mean_error: Tensor = field(repr=False)
+    sd_error: Tensor = field(repr=False)
+    problems: tuple[str, ...] = ()
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def largest_error(self) -> float:
+        """The largest standard error of a mean, in sds, or of an sd, relative."""
+        return float(torch.maximum(self.mean_error, self.sd_error).max())
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights that sum to one, shape ``(S,)``."""
+        return normalize(self.log_weights).exp()
+
+    @property
+    def mean(self) -> Tensor:
+        """Means on the unconstrained space, shape ``(D,)``."""
+        return self.weights @ self.z
+
+    @property
+    def sd(self) -> Tensor:
+        """Standard deviations on the unconstrained space, shape ``(D,)``."""
+        return (self.weights @ (self.z - self.mean).square()).sqrt()
+
+    def sample(self, num_draws: int, *, seed: int = 0) -> Tensor:
+        """Draw rows by weight, with replacement, shape ``(num_draws, D)``."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.z[torch.multinomial(self.weights, num_draws, True, generator=generator)]

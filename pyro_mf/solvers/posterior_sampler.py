@@ -1,0 +1,305 @@
+"""Where draws of the posterior come from: one method after another until the checks are passed."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf.density.blocks import Blocks
+from pyro_mf.density.prior import Prior
+from pyro_mf.kernels import Metric
+from pyro_mf.kernels.importance import adaptive_importance
+from pyro_mf.kernels.student_t import StudentT
+from pyro_mf.kernels.tempering import Base, tempered_smc
+from pyro_mf.kernels.weighted import WeightedDraws
+from pyro_mf.solvers.chains import ChainRun
+from pyro_mf.solvers.meter import BudgetSpentError
+from pyro_mf.solvers.outcome import Progress, Report, StopReason
+from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
+from pyro_mf.solvers.scouts import send_scouts
+
+# Latents up to which importance sampling is tried first.
+_MAX_IMPORTANCE = 25
+_ROWS = 64  # points at which a gradient counts as one
+_NUM_CHAINS, _NUM_COSTLY_CHAINS = 64, 32
+_NUM_SCOUTS = 32
+# Density values for importance sampling, and share of the rest of the budget for chains: what they
+# do not manage with that is for the next.
+_MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
+_WIDE = 4.0  # sds of the reverse fit
+# Nats by which a weight may exceed all draws' together before a region counts as missed.
+_MISSED = 3.0
+NAMES: dict[Source, str] = {
+    "importance": "adaptive importance sampling",
+    "hmc": "parallel HMC chains",
+    "smc": "tempered sequential Monte Carlo",
+    "given": "the draws given",
+}
+
+
+Drawn: TypeAlias = tuple[Expectations, PosteriorDraws]
+"""Draws as what averages over them, and as what is reported."""
+
+
+class PosteriorSampler:
+    """Draws of a posterior from a Gaussian that is near it.
+
+    Args:
+        blocks: The log joint.
+        loc: Location of the Gaussian, shape ``(D,)``.
+        scale: Its sds, shape ``(D,)``, or the Cholesky factor of its covariance, ``(D, D)``.
+        max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
+        max_gradients: Budget, in gradients at 64 points each.
+        generator: Source of randomness.
+        report: Called with the progress.
+
+    Attributes:
+        notes: What went wrong on the way, in sentences.
+        ending: ``"converged"`` where nothing cut the sampling short.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        max_error: float,
+        max_gradients: int,
+        generator: torch.Generator,
+        report: Report,
+    ) -> None:
+        self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
+        self.max_error, self.max_gradients = max_error, max_gradients
+        self.generator, self.report = generator, report
+        self.notes: list[str] = []
+        self.ending: StopReason = "converged"
+        self._num_rows = 0
+        self._limit = max_gradients
+        self._phase = "scouts"
+        self._error = math.nan
+        self._scouts = loc.new_zeros(0, len(loc))
+        self._found: list[Drawn] = []
+        self._is_elsewhere = False
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients at 64 points each so far."""
+        return math.ceil(self._num_rows / _ROWS)
+
+    def draw(self, method: Source | None) -> Drawn | None:
+        """Draw by the methods that suit the number of latents, until one passes its checks.
+
+        Args:
+            method: The only one to use; ``None`` for several in turn.
+
+        Returns:
+            The draws with the errors of their averages, the best where all failed some check;
+            ``None`` where there are none.
+        """
+        try:
+            self._scouts = send_scouts(
+                self._density,
+                self.loc,
+                self.metric,
+                num=_NUM_SCOUTS,
+                generator=self.generator,
+            )
+            methods = self._methods(method)
+            while methods:
+                self._phase = name = methods.pop(0)
+                found = self._by(name, is_last=not methods)
+                self._keep(found)
+                if found is not None and not found[1].problems:
+                    break
+                if self._is_elsewhere:  # chains would not come from one mode to another
+                    methods.sort(key=("smc", "hmc").index)
+        except BudgetSpentError:
+            self.ending = "budget"
+        except KeyboardInterrupt:
+            self.ending = "interrupted"
+        if not self._found:
+            return None
+        self._say_what_failed()
+        best = min(self._found, key=_rank)
+        if best[1].problems and self.ending == "converged":
+            self.ending = "budget"
+        return best
+
+    def _methods(self, method: Source | None) -> list[Source]:
+        if method is not None:
+            return [method]
+        few = len(self.loc) <= _MAX_IMPORTANCE
+        return ["importance", "hmc", "smc"] if few else ["hmc", "smc"]
+
+    def _by(self, name: Source, *, is_last: bool) -> Drawn | None:
+        if name == "importance":
+            return self._by_importance()
+        if name == "hmc":
+            return self._by_chains(is_last=is_last)
+        return self._by_tempering()
+
+    def _by_importance(self) -> Drawn | None:
+        budget = _ROWS * (self.max_gradients - self.num_gradients)
+        covariance = self.metric.covariance
+        try:
+            drawn = adaptive_importance(
+                self._values,
+                self.loc,
+                covariance if self.metric.is_dense else torch.diag(covariance),
+                generator=self.generator,
+                tolerance=self.max_error,
+                max_evaluations=min(budget, _MAX_VALUES),
+            )
+        except NonFiniteError as error:
+            self.notes.append(f"{NAMES['importance']} failed: {error}")
+            return None
+        problems = (*drawn.problems, *self._missed(drawn))
+        return drawn, _freeze("importance", drawn, problems, {"khat": drawn.khat})
+
+    def _by_chains(self, *, is_last: bool) -> Drawn | None:
+        try:
+            run = ChainRun(
+                self._density,
+                self.loc,
+                self.metric,
+                layout=self.blocks.log_joint.layout,
+                scouts=self._scouts,
+                num_chains=_NUM_COSTLY_CHAINS if self.blocks.is_costly else _NUM_CHAINS,
+                max_error=self.max_error,
+                generator=self.generator,
+                report=self._note_error,
+            )
+        except NonFiniteError as error:
+            self.notes.append(f"{NAMES['hmc']} failed: {error}")
+            return None
+        left = self.max_gradients - self.num_gradients
+        self._limit = self.num_gradients + (left if is_last else int(_CHAINS_SHARE * left))
+        try:
+            run.run()
+        except BudgetSpentError:
+            if self.num_gradients >= self.max_gradients:
+                self._keep(run.found())
+                raise
+        except KeyboardInterrupt:
+            self._keep(run.found())
+            raise
+        finally:
+            self._limit = self.max_gradients
+        return run.found()
+
+    def _keep(self, found: Drawn | None) -> None:
+        if found is not None:
+            self._found.append(found)
+
+    def _by_tempering(self) -> Drawn | None:
+        left = self.max_gradients - self.num_gradients
+        self._limit = 2 * self.max_gradients  # it keeps to a budget of its own, about
+        try:
+            drawn = tempered_smc(
+                self._density,
+                self._base(),
+                generator=self.generator,
+                tolerance=self.max_error,
+                max_evaluations=max(_ROWS, _ROWS * left),
+            )
+        except NonFiniteError as error:
+            self.notes.append(f"{NAMES['smc']} failed: {error}")
+            return None
+        numbers = {
+            "num_runs": float(len(drawn.run_log_evidence)),
+            "num_temperatures": max(map(len, drawn.temperatures)),
+            "acceptance": min(min(run) for run in drawn.acceptance),
+        }
+        return drawn, _freeze("smc", drawn, drawn.problems, numbers)
+
+    def _base(self) -> Base:
+        """Where tempering starts: the prior, which reaches all modes, if it can be drawn from."""
+        try:
+            prior = Prior(self.blocks.log_joint)
+            prior.sample(1, self.generator)
+        except ModelError as error:
+            self.notes.append(
+                f"{NAMES['smc']} started {_WIDE:.0f} times as wide as the reverse KL's fit and not "
+                f"from the prior ({error}), and finds no mode further away"
+            )
+            scale = _WIDE * self.metric.scale
+            tril = scale if self.metric.is_dense else torch.diag(scale)
+            return StudentT(self.loc, tril, 7.0)
+        return prior
+
+    def _missed(self, drawn: WeightedDraws) -> tuple[str, ...]:
+        """Whether scouts found a place where the draws are not although the posterior is."""
+        if not len(self._scouts):
+            return ()
+        tail = StudentT(drawn.mean, torch.linalg.cholesky(drawn.covariance), len(self.loc) + 5.0)
+        log_weights = self._values(self._scouts) - tail.log_prob(self._scouts)
+        excess = float(log_weights.max()) - drawn.log_evidence - math.log(len(drawn.z))
+        if excess <= _MISSED:
+            return ()
+        self._is_elsewhere = True
+        return (
+            "a climb from elsewhere ended where the posterior is as dense as at its typical "
+            f"points, and none of the draws is (e^{excess:.0f} times the weight of all of them): "
+            "there is another mode, or a long bend",
+        )
+
+    def _say_what_failed(self) -> None:
+        for k, (_, draws) in enumerate(self._found):
+            if draws.problems:
+                went_on = k + 1 < len(self._found)
+                then = f", so {NAMES[self._found[k + 1][1].source]} came next" if went_on else ""
+                self.notes.append(f"{NAMES[draws.source]}: {'; '.join(draws.problems)}{then}")
+
+    def _note_error(self, error: float) -> None:
+        self._phase = f"hmc, error {error:.3f}"
+
+    def _density(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self._count(z)
+        return self.blocks.value_and_grad(z)
+
+    def _values(self, z: Tensor) -> Tensor:
+        self._count(z)
+        return self.blocks.values(z)
+
+    def _count(self, z: Tensor) -> None:
+        """Note so many points.
+
+        Raises:
+            BudgetSpentError: If no more may be evaluated.
+        """
+        if self.num_gradients >= self._limit:
+            raise BudgetSpentError
+        self._num_rows += len(z)
+        self.report(Progress(self._phase, self.num_gradients, math.nan, math.nan))
+
+
+def _rank(drawn: Drawn) -> tuple[bool, bool, float]:
+    """Order from best to worst: weights that are not to be trusted know their own error least."""
+    draws = drawn[1]
+    failed = len(draws.problems) > 0
+    return failed, failed and draws.source == "importance", draws.largest_error
+
+
+def _freeze(
+    source: Source, drawn: WeightedDraws, problems: tuple[str, ...], numbers: dict[str, float]
+) -> PosteriorDraws:
+    return PosteriorDraws(
+        source=source,
+        z=drawn.z,
+        log_weights=drawn.log_weights,
+        log_density=drawn.log_density,
+        mean_error=drawn.mean_error,
+        sd_error=drawn.sd_error,
+        problems=problems,
+        diagnostics={
+            "ess": drawn.ess,
+            "log_evidence": drawn.log_evidence,
+            "log_evidence_se": drawn.log_evidence_se,
+            **numbers,
+        },
+    )
