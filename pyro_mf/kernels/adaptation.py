@@ -40,10 +40,12 @@ class StepSize:
         self.value *= math.exp(gain * (acceptance - self.target))
         self.logs.append(math.log(self.value))
 
-    def settled(self) -> float:
-        """The average, on the logarithm, of where the second half of the iterations were."""
-        half = self.logs[len(self.logs) // 2 :]
-        return math.exp(sum(half) / len(half))
+    def settle(self) -> None:
+        """Take the average of the second half, on the logarithm, and start anew from there."""
+        if self.logs:
+            half = self.logs[len(self.logs) // 2 :]
+            self.value = math.exp(sum(half) / len(half))
+        self.logs = []
 
 
 @dataclass

@@ -204,7 +204,8 @@ class ParallelHMC:
                 smaller, larger = 0.5 * self._caution, (1.2 * self._caution).clamp(max=1.0)
                 self._caution = torch.where(acceptance < 0.1, smaller, larger)
         self._caution.fill_(1.0)
-        self.step_size = step.settled()
+        step.settle()
+        self.step_size = step.value
         share = (self.num_divergent - num_divergent) / (num_iterations * len(self.state.z))
         if not is_early and share > _MAX_DIVERGENT:
             self.target_acceptance += 0.5 * (_MAX_TARGET - self.target_acceptance)
