@@ -279,7 +279,7 @@ def cross_entropy(scorer: Scorer, z: Tensor, weights: Tensor) -> Tensor:
     if bool(bad.any()):
         raise NonFiniteError(
             f"log q is not finite at {int(bad.sum())} of {len(log_prob)} draws from the posterior, "
-            f"first {float(log_prob[bad][0])}. Parameters keep their last finite values. Use a "
+            f"first {log_prob[bad][0].item()}. Parameters keep their last finite values. Use a "
             "guide with the posterior's support, or a smaller step."
         )
     return -(weights[used] * log_prob).sum()

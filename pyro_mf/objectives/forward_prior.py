@@ -125,8 +125,7 @@ class Simulation:
             ModelError: If neither way is open, or the model uses the data besides observing them.
         """
         takes_keyword = _KEYWORD in kwargs or _takes(self.guide, _KEYWORD)
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        trace = _run(self.model, args, kwargs)
         observed = {n: node for n, node in trace.nodes.items() if is_data(node)}
         leaves = tree_flatten((args, dict(kwargs)))[0]
         routes: dict[str, int] = {}
@@ -185,18 +184,7 @@ def simulate(model: Fn, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     Raises:
         ModelError: If a site cannot be sampled, or the model fails at a draw from its prior.
     """
-    try:
-        with torch.no_grad(), poutine.block():
-            return poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"estimator='prior' draws latents and data from the model, which has a site that "
-            f"cannot be sampled: {headline(error)}. Give every latent a proper prior."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"the model fails at latents and data drawn from it: {headline(error)}."
-        ) from error
+    return _run(poutine.uncondition(model), args, kwargs)
 
 
 def simulated(trace: Any) -> dict[str, Any]:
@@ -207,6 +195,21 @@ def simulated(trace: Any) -> dict[str, Any]:
 def latents_of(trace: Any) -> dict[str, Any]:
     """The sites of a simulation that are latent in the model."""
     return {n: x for n, x in sample_nodes(trace).items() if "was_observed" not in x["infer"]}
+
+
+def _run(model: Fn, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        with torch.no_grad(), poutine.block():
+            return poutine.trace(model).get_trace(*args, **kwargs)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"estimator='prior' draws latents and data from the model, which has a site that "
+            f"cannot be sampled: {headline(error)}. Give every latent a proper prior."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the model fails at latents and data drawn from it: {headline(error)}."
+        ) from error
 
 
 def _check_simulation(trace: Any) -> None:

@@ -73,11 +73,14 @@ class TracedImportance:
         scale = 1.0
         runs: list[_Scores] = []
         failure: Exception | None = None
+        nesting = None
         with seeded(self._generator), _pyro.substitute(_one_minibatch()):
             for _ in range(self._num_particles):
                 guide_trace = self._guide_trace(args, kwargs)
                 try:
-                    scores, scale = _score(self.model, guide_trace, args, kwargs)
+                    if nesting is None:
+                        nesting = _pyro.plate_nesting(self.model, guide_trace, args, kwargs)
+                    scores, scale = _score(self.model, guide_trace, args, kwargs, nesting)
                 except (GuideMismatchError, ModelError):
                     raise
                 except (ValueError, RuntimeError) as error:  # no density there
@@ -166,14 +169,13 @@ def log_det_jacobian(node: Any) -> Tensor:
 
 
 def _score(
-    model: Fn, guide_trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: Fn, guide_trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: int
 ) -> tuple[_Scores, float]:
     """Run the model at the guide's draw; the scores, and what an element stands for.
 
     Raises:
         ModelError: If there are discrete latents to sum out in a minibatch.
     """
-    nesting = _pyro.plate_nesting(model, guide_trace, args, kwargs)
     runnable = _pyro.enumerated(model, nesting)
     trace = poutine.trace(poutine.replay(runnable, trace=guide_trace)).get_trace(*args, **kwargs)
     latents = latent_nodes(trace)
