@@ -1,8 +1,10 @@
 r"""Adaptive multiple importance sampling with a full-covariance Student-t.
 
-Each round draws from a Student-t whose moments are those of all weighted draws so far. All draws
-are weighted against the mixture of all rounds' proposals, so that no draw of a bad early round has
-more weight than the rounds together give it. Only values of the density are needed.
+Each round draws from a Student-t whose moments are those of all weighted draws so far, until one is
+good; the other rounds then draw from that one, and what came before is forgotten. Where none
+becomes good, all draws are weighted against the mixture of all rounds' proposals, so that no draw
+of a bad early round weighs more than the rounds together let it. Only values of the density are
+needed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ _NETS = 8  # nets of a round
 _MIN_ROUNDS = 3
 # A proposal is matched to weights that are worth so many draws per dimension, flattened if need be.
 _DRAWS_PER_DIMENSION = 10
+# Effective share of a round's draws at which its proposal is kept; the lower one is enough where the
+# share did not grow by a factor from the round before.
+_GOOD, _FAIR, _PROGRESS = 0.6, 0.2, 1.1
 # What the last round may change about a mean, in sds, or about an sd, and fewest effective draws.
 _MAX_SHIFT, _MIN_ESS = 0.05, 400
 
@@ -55,9 +60,10 @@ def adaptive_importance(
             heavy tails cost more the more dimensions there are.
 
     Returns:
-        All draws of all rounds. Where they cannot be trusted ``problems`` says why: k-hat above
-        its threshold, an effective sample size below 400, a mean or sd that the last round still
-        moved by 0.05, or errors above the tolerance when the budget was spent.
+        The draws of all rounds since the proposal was good, or of all. Where they cannot be
+        trusted ``problems`` says why: k-hat above its threshold, an effective sample size below
+        400, a mean or sd that the last round still moved by 0.05, or errors above the tolerance
+        when the budget was spent.
 
     Raises:
         ValueError: If shapes do not fit, the covariance is not positive definite, or a number is
@@ -87,15 +93,24 @@ def adaptive_importance(
     proposal = StudentT(loc, scale_tril, df)
     rounds = _Rounds(density_values, generator)
     previous: WeightedDraws | None = None
+    is_adapting, efficiency = True, 0.0
     while True:
         rounds.draw(proposal)
+        if is_adapting:
+            before, efficiency = efficiency, rounds.last_efficiency()
+            least = _GOOD if efficiency > _PROGRESS * before else _FAIR
+            if efficiency >= least:
+                rounds.keep_last()
+                is_adapting, previous = False, None
         draws = rounds.weighted()
         enough = _is_precise(draws, tolerance) and len(rounds.proposals) >= _MIN_ROUNDS
         problems = _problems(draws, previous)
-        spent = draws.num_evaluations + _NETS * StudentT.net_size > max_evaluations
+        spent = rounds.num_evaluations + _NETS * StudentT.net_size > max_evaluations
         if (enough and not problems) or spent:
             break
-        proposal, previous = _matched(draws, proposal), draws
+        previous = draws
+        if is_adapting:
+            proposal = _matched(draws, proposal)
     if not enough:
         problems.append(_describe_errors(draws, tolerance))
     return rounds.weighted(tuple(problems))
@@ -112,9 +127,11 @@ class _Rounds:
         self.z = torch.empty(0)
         self.log_density = torch.empty(0)
         self.log_sum = torch.empty(0)  # log of the sum over rounds of the proposals' densities
+        self.num_evaluations = 0
 
     def draw(self, proposal: StudentT) -> None:
         z = proposal.sample(_NETS * StudentT.net_size, self.generator)
+        self.num_evaluations += len(z)
         values = self.density_values(z).detach().to(z)
         values = torch.where(torch.isfinite(values), values, -torch.inf)
         log_sum = [q.log_prob(z) for q in (*self.proposals, proposal)]
@@ -137,15 +154,36 @@ class _Rounds:
                 "near the posterior's, or check the model for impossible combinations."
             )
 
+    def last_efficiency(self) -> float:
+        """Effective share of the last round's draws, by the proposal that they came from."""
+        count = _NETS * StudentT.net_size
+        z, log_density = self.z[-count:], self.log_density[-count:]
+        if not bool(torch.isfinite(log_density).any()):
+            return 0.0
+        own = log_density - self.proposals[-1].log_prob(z)
+        return float(effective_sample_size(own)) / count
+
+    def keep_last(self) -> None:
+        """Forget all rounds but the last.
+
+        A proposal is high where the draws that it was matched to happen to be, which biases their
+        weights downwards; those drawn from it do not have this bias.
+        """
+        self.proposals = self.proposals[-1:]
+        count = _NETS * StudentT.net_size
+        self.z, self.log_density = self.z[-count:], self.log_density[-count:]
+        self.log_sum = self.proposals[0].log_prob(self.z)
+
     def weighted(self, problems: tuple[str, ...] = ()) -> WeightedDraws:
         log_weights = self.log_density - (self.log_sum - math.log(len(self.proposals)))
         return WeightedDraws(
             z=self.z,
             log_weights=log_weights,
             log_density=self.log_density,
-            unit=torch.arange(len(self.z)) // StudentT.net_size,
+            strata=len(self.proposals),
+            units=_NETS,
             khat=psis(log_weights).khat,
-            num_evaluations=len(self.z),
+            num_evaluations=self.num_evaluations,
             problems=problems,
         )
 

@@ -49,7 +49,7 @@ class Base(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TemperedDraws(WeightedDraws):
-    """Draws of tempered SMC; a unit is a run.
+    """Draws of tempered SMC; a unit is a run, and there is one stratum.
 
     Args:
         run_log_evidence: Each run's log evidence, in nats, shape ``(R,)``.
@@ -284,7 +284,8 @@ def _combined(runs: list[_Run]) -> TemperedDraws:
         z=torch.cat([run.draws for run in runs]),
         log_weights=evidence.repeat_interleave(per_run),
         log_density=torch.cat([run.log_density for run in runs]),
-        unit=torch.arange(len(runs)).repeat_interleave(per_run),
+        strata=1,
+        units=len(runs),
         khat=math.nan,
         num_evaluations=sum(run.num_evaluations for run in runs),
         run_log_evidence=evidence,

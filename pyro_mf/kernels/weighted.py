@@ -1,8 +1,9 @@
 r"""Weighted draws from a posterior, with errors that say how far they can be believed.
 
 Draws come in *units* that are independent of each other: a net of quasi-random points, a run of a
-particle filter. Within a unit anything goes. The error of a self-normalised average is then that of
-a ratio of sums over units (the delta method), whatever made the draws.
+particle filter. Within a unit anything goes. Units come in *strata*, within which they are alike:
+the rounds of an adaptive sampler. The error of a self-normalised average is then that of a ratio of
+sums over units (the delta method), whatever made the draws.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class WeightedDraws:
         z: Draws on the unconstrained space, shape ``(S, D)``.
         log_weights: Log weights, shape ``(S,)``; the log of their mean is ``log_evidence``.
         log_density: Log of the unnormalised density at the draws, shape ``(S,)``.
-        unit: Number of the independent unit that each draw belongs to, shape ``(S,)``.
+        strata: Number of strata; draws are in the order of strata, and there of units.
+        units: Number of units in each stratum, all of one size.
         khat: Pareto index of the weights, ``-inf`` where they are constant; ``nan`` where the
             draws are no importance sample, so that it would say nothing.
         num_evaluations: Density evaluations spent.
@@ -38,7 +40,8 @@ class WeightedDraws:
         ...     z=torch.tensor([[0.0], [1.0]]),
         ...     log_weights=torch.tensor([0.0, 0.0]),
         ...     log_density=torch.zeros(2),
-        ...     unit=torch.tensor([0, 1]),
+        ...     strata=1,
+        ...     units=2,
         ...     khat=0.0,
         ...     num_evaluations=2,
         ... )
@@ -49,7 +52,8 @@ class WeightedDraws:
     z: Tensor
     log_weights: Tensor
     log_density: Tensor
-    unit: Tensor
+    strata: int
+    units: int
     khat: float
     num_evaluations: int
     problems: tuple[str, ...] = ()
@@ -102,7 +106,7 @@ class WeightedDraws:
 
     @property
     def log_evidence_se(self) -> float:
-        """Monte Carlo standard error of the log evidence; infinite from a single unit."""
+        """Monte Carlo standard error of the log evidence; infinite where a stratum is one unit."""
         share = torch.full_like(self.weights, 1.0 / len(self.weights))
         return float(self._spread((self.weights - share)[:, None]))
 
@@ -119,12 +123,12 @@ class WeightedDraws:
         return estimate, self._spread(self.weights[:, None] * (values - estimate))
 
     def _spread(self, terms: Tensor) -> Tensor:
-        """Standard error of a sum of centred terms, shape ``(S, K)``, independent by unit."""
-        num_units = int(self.unit.max()) + 1
-        if num_units < 2:
+        """Standard error of a sum of terms, shape ``(S, K)``, independent by unit."""
+        if self.units < 2:
             return terms.new_full(terms.shape[1:], torch.inf)
-        sums = terms.new_zeros(num_units, *terms.shape[1:]).index_add(0, self.unit, terms)
-        return (sums.square().sum(0) * num_units / (num_units - 1)).sqrt()
+        sums = terms.reshape(self.strata, self.units, -1, *terms.shape[1:]).sum(2)
+        variance: Tensor = self.units * sums.var(1).sum(0)
+        return variance.sqrt()
 
 
 def weighted_moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
