@@ -74,8 +74,6 @@ def read_draws(draws: Any, log_joint: LogJoint) -> Tensor:
 
 
 def _by_site(draws: Any, layout: Layout) -> Mapping[str, Any]:
-    if isinstance(draws, Mapping):
-        return draws
     if generations.is_result(draws):
         posterior = generations.dataset(draws, "posterior")
         if not {"chain", "draw"} <= set(posterior.dims):
@@ -85,6 +83,8 @@ def _by_site(draws: Any, layout: Layout) -> Mapping[str, Any]:
             for site in layout.sites
             if site.name in posterior
         }
+    if isinstance(draws, Mapping):  # which an InferenceData is, too
+        return draws
     samples = getattr(draws, "samples", None)  # of run_nuts
     if isinstance(samples, Mapping):
         return samples
