@@ -15,6 +15,7 @@ from pyro_mf.density.capture import Backend
 from pyro_mf.density.checks import is_discrete
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.density.prototype import run_prototype
+from pyro_mf.density.recorder import map_tensors
 
 Fn = Callable[..., Any]
 
@@ -68,6 +69,8 @@ def choose(
                 "and guide as they are."
             )
         return Choice("snis", f"{obstacle}, so model and guide are run as they are", None)
+    # Copies: chains are those of these numbers, also if the caller's tensors change in place.
+    args, kwargs = map_tensors((args, dict(kwargs)), lambda x: x.detach().clone())
     log_joint = LogJoint(model, args, kwargs, backend=backend)
     if asked not in {None, "hmc"}:
         return Choice(str(asked), "asked for", log_joint)

@@ -108,7 +108,8 @@ class Estimator(Protocol):
 def seeded(generator: torch.Generator) -> Iterator[None]:
     """Feed what draws from torch's global generator from ``generator``, and put it back."""
     seed = int(torch.randint(2**63 - 1, (), generator=generator))
-    with torch.random.fork_rng(devices=[]):
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

@@ -15,6 +15,7 @@ from pyro_mf._errors import CheckpointError, DifferentDataWarning, EstimatorWarn
 from pyro_mf.density.capture import Backend, check_backend
 from pyro_mf.density.recorder import map_tensors
 from pyro_mf.objectives.forward_choice import choose
+from pyro_mf.objectives.forward_estimators import seeded
 from pyro_mf.objectives.forward_pair import Arguments, FlatPair, Pair, TracedPair
 from pyro_mf.objectives.forward_prior import Simulation
 from pyro_mf.objectives.forward_report import ForwardDiagnostics
@@ -169,7 +170,8 @@ class ForwardKL(ELBO):
 
     def _new_pair(self, model: Fn, guide: Fn, arguments: Arguments) -> Pair:
         generator = self._own_generator()
-        with torch.random.fork_rng(devices=[]):
+        before = generator.get_state()
+        with seeded(generator):
             choice = choose(self.estimator, model, guide, *arguments, self.backend)
         count = self.num_particles
         if choice.name == "prior":
@@ -178,11 +180,9 @@ class ForwardKL(ELBO):
             return TracedPair(TracedImportance(model, guide, count, generator), choice)
         self._num_restarts += 1
         self._warn_of_changing_data()
-        before = generator.get_state()
         pair = FlatPair(
             model,
             guide,
-            arguments,
             choice,
             choice.log_joint,
             num_particles=count,

@@ -73,8 +73,8 @@ class FlatPair:
     Args:
         model: The model.
         guide: The guide.
-        arguments: Of both.
-        choice: The estimator and the density.
+        choice: The estimator.
+        log_joint: The density, which has the data.
         num_particles: Draws per step.
         defensive: Share of heavy-tailed proposals.
         generator: Source of all randomness.
@@ -84,7 +84,6 @@ class FlatPair:
         self,
         model: Fn,
         guide: Fn,
-        arguments: Arguments,
         choice: Choice,
         log_joint: LogJoint,
         *,
@@ -95,7 +94,8 @@ class FlatPair:
         self.model = model
         self.guide = guide
         self._log_joint = log_joint
-        self._data = _copies(arguments)
+        arguments = (log_joint.model_args, log_joint.model_kwargs)
+        self._data = tree_flatten(arguments)[0]
         self._scorer = make_scorer(guide, log_joint, *arguments)
         proposal = make_proposal(self._scorer, defensive)
         setting = Setting(Blocks(log_joint), self._scorer, proposal, num_particles, generator)
@@ -193,11 +193,16 @@ class TracedPair:
 
     def __init__(self, runs: TracedImportance | Simulation, choice: Choice) -> None:
         self._runs = runs
+        self._is_inside_handlers = bool(_pyro.handlers_around())
         self._watch = Watch(choice.name, choice.reason)
 
     def matches(self, model: Fn, guide: Fn, arguments: Arguments) -> bool:
         """See :class:`Pair`."""
-        return self._runs.model is model and self._runs.guide is guide
+        return (
+            self._runs.model is model
+            and self._runs.guide is guide
+            and self._is_inside_handlers == bool(_pyro.handlers_around())
+        )
 
     def loss(self, arguments: Arguments, *, is_step: bool) -> Tensor:
         """See :class:`Pair`."""
@@ -283,11 +288,6 @@ def cross_entropy(scorer: Scorer, z: Tensor, weights: Tensor) -> Tensor:
             "guide with the posterior's support, or a smaller step."
         )
     return -(weights[used] * log_prob).sum()
-
-
-def _copies(arguments: Arguments) -> list[Any]:
-    leaves, _ = tree_flatten(arguments)
-    return [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def _are_same(mine: list[Any], theirs: list[Any]) -> bool:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from pyro_mf._errors import EstimatorWarning, ModelError
 from pyro_mf.density.prior import Prior
-from pyro_mf.kernels.hmc import HMCState, ParallelHMC, initialise
-from pyro_mf.kernels.metric import Metric
+from pyro_mf.kernels import HMCState, Metric, ParallelHMC, initialise
 from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.objectives.forward_estimators import Draws, Setting, seeded
 
@@ -25,7 +24,7 @@ _MAX_DENSE = 300
 _WARM_UP = 200
 # Step sizes are found anew where the acceptance of so many transitions is below this.
 _WATCHED, _MIN_ACCEPTANCE = 25, 0.5
-_RENEWAL = 60
+_RENEWAL, _MAX_RENEWALS = 60, 4
 
 
 class HamiltonianChains:
@@ -41,6 +40,7 @@ class HamiltonianChains:
         self.draws: Draws | None = None
         self._is_warm = False
         self._accepted: list[float] = []
+        self._num_renewals = 0
         density, scorer, _, count, generator = setting
         with seeded(generator):
             start = scorer.sample(max(count, 16))
@@ -62,8 +62,10 @@ class HamiltonianChains:
             self._is_warm = True
         chains.sample(1)
         self._accepted = [*self._accepted[1 - _WATCHED :], float(chains.acceptance.mean())]
-        if len(self._accepted) == _WATCHED and self.acceptance < _MIN_ACCEPTANCE:
+        is_known = len(self._accepted) == _WATCHED
+        if is_known and self.acceptance < _MIN_ACCEPTANCE and self._num_renewals < _MAX_RENEWALS:
             chains.warm_up(_RENEWAL)
+            self._num_renewals += 1
             self._accepted = []
         return self._read()
 
@@ -97,6 +99,7 @@ class HamiltonianChains:
             "chains": self.chains.state_dict(),
             "is_warm": self._is_warm,
             "accepted": list(self._accepted),
+            "num_renewals": self._num_renewals,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -106,6 +109,7 @@ class HamiltonianChains:
         self.chains.generator.set_state(generator)
         self._is_warm = bool(state["is_warm"])
         self._accepted = list(state["accepted"])
+        self._num_renewals = int(state["num_renewals"])
         if self._is_warm:
             self._read()
 

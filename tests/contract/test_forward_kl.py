@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ def averaged(
 
 
 @pytest.mark.parametrize(
-    ("estimator", "steps", "tolerance"), [("hmc", 300, 0.06), ("imh", 700, 0.12)]
+    ("estimator", "steps", "tolerance"), [("hmc", 250, 0.07), ("imh", 500, 0.12)]
 )
 def test_gaussian_target_gets_its_marginal_sds(estimator, steps, tolerance) -> None:
     loss = ForwardKL(64, estimator=estimator)
@@ -91,8 +92,8 @@ def skewed() -> None:
 
 
 def test_hmc_fits_the_skew_normal_where_wake_phi_does_not() -> None:
-    _, scale = averaged(skewed, ForwardKL(64), steps=300, last=200, init_scale=1.2)
-    # 64 chains for 200 steps of the optimiser: an error of about 0.01; z = 4.
+    _, scale = averaged(skewed, ForwardKL(64), steps=200, last=120, init_scale=1.2)
+    # 64 chains for 120 steps of the optimiser: an error of about 0.01; z = 4.
     assert float(scale) == pytest.approx(1.2456, abs=0.03)  # wake-phi stops at 1.199
 
 
@@ -113,12 +114,12 @@ def test_skew_normal_of_markovian_score_climbing(estimator, count, mean, sd) -> 
     guide = AutoMeanField(skewed, init_scale=1.0)
     svi = SVI(skewed, guide, pyro.optim.Adam({"lr": 0.01}), loss=loss)
     locs, scales = [], []
-    for step in range(12_000):
+    for step in range(6000):
         svi.step()
-        if step >= 2000:
-            locs.append(float(guide.loc))
-            scales.append(float(guide.scale))
-    error = 0.02 if count > 2 else 0.03  # 3 errors of the least mixing chain over 10,000 steps
+        if step >= 1500:
+            locs.append(float(guide.loc.detach()))
+            scales.append(float(guide.scale.detach()))
+    error = 0.02 if count > 2 else 0.03  # 3 errors of the least mixing chain over 4500 steps
     assert np.mean(locs) == pytest.approx(mean, abs=error)
     assert np.mean(scales) == pytest.approx(sd, abs=error)
 
@@ -364,6 +365,29 @@ def test_each_set_of_data_has_chains_of_its_own() -> None:
     assert loss.diagnostics.num_steps == 1
 
 
+def test_chains_stay_with_their_numbers_when_tensors_change_in_place() -> None:
+    loss, guide = ForwardKL(8, estimator="hmc"), AutoMeanField(conjugate, init_scale=1.0)
+    x = X.clone()
+    loss.differentiable_loss(conjugate, guide, x)
+    x += 100.0
+    for _ in range(5):  # the first chains again, whose tensor holds other numbers now
+        loss.differentiable_loss(conjugate, guide, X.clone())
+    z, _ = loss._pairs[-1]._estimator.draws
+    assert len(loss._pairs) == 1
+    assert float(z.abs().max()) < 10.0
+
+
+def test_chains_are_used_again_after_a_call_inside_handlers() -> None:
+    loss, guide = ForwardKL(8), AutoMeanField(conjugate, init_scale=1.0)
+    used = []
+    for is_inside in (False, True, False, True):
+        with poutine.scale(scale=2.0) if is_inside else nullcontext():
+            loss.loss(conjugate, guide, X)
+        used.append(loss.diagnostics.estimator)
+    assert used == ["hmc", "snis", "hmc", "snis"]
+    assert len(loss._pairs) == 2
+
+
 def test_a_rebound_closure_variable_starts_new_chains() -> None:
     width = 1.0
 
@@ -476,12 +500,12 @@ def test_minibatches_of_local_latents_reach_the_posterior() -> None:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
 
-    guide, loss = AutoMeanField(model, init_scale=0.7), ForwardKL(8)
-    train(model, guide, loss, 100, X, lr=0.05)
+    loss = ForwardKL(6)
+    loc, scale = averaged(model, loss, X, steps=140, last=70, init_scale=0.7)
     assert "subsamples plate 'data'" in loss.diagnostics.reason
-    # Adam's own noise at this rate is about 0.05.
-    assert float((guide.loc.detach() - X / 2).abs().max()) < 0.25
-    assert float((guide.scale.detach() / math.sqrt(0.5)).log().abs().max()) < 0.25
+    # 70 steps of 6 draws, each element in half of them, and Adam's own noise: errors of 0.08.
+    assert float((loc - X / 2).abs().max()) < 0.3
+    assert float((scale / math.sqrt(0.5)).log().abs().max()) < 0.3
 
 
 def test_chains_inside_effect_handlers_are_refused() -> None:
@@ -527,8 +551,8 @@ def brittle(x: Tensor, edge: Tensor, beyond: Tensor) -> None:
 @pytest.mark.parametrize("estimator", CHAINS)
 def test_density_that_is_nowhere_finite_is_an_error(estimator) -> None:
     guide = AutoMeanField(brittle)
+    nowhere = (torch.tensor(math.inf), torch.tensor(math.nan))
     with pytest.raises((NonFiniteError, ModelError)):
-        nowhere = (torch.tensor(math.inf), torch.tensor(math.nan))
         ForwardKL(8, estimator=estimator).loss(brittle, guide, X, *nowhere)
 
 
