@@ -78,7 +78,7 @@ def reference(x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
     Raises:
         RuntimeError: If weights vary too much for that.
     """
-    mode, covariance = _laplace(x, y)
+    mode, covariance = laplace(x, y)
     scale_tril = torch.linalg.cholesky(covariance)
     half = min(20_000, _WORK // len(x)) // 2
     generator = torch.Generator().manual_seed(1)
@@ -104,11 +104,11 @@ def _log_joint(beta: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return prior + logsigmoid(sign * (beta @ x.T)).sum(-1)
 
 
-def _laplace(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def laplace(x: Tensor, y: Tensor, prior_sd: float = PRIOR_SD) -> tuple[Tensor, Tensor]:
     """Mode and inverse Hessian by Newton's method, on columns of one size."""
     size = x.square().mean(0).sqrt()
     x = x / size
-    prior = (PRIOR_SD * size) ** -2
+    prior = (prior_sd * size) ** -2
     beta = torch.zeros_like(size)
     for _ in range(50):
         p = torch.sigmoid(x @ beta)
