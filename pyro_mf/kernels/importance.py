@@ -24,8 +24,8 @@ _NETS = 8  # nets of a round
 _MIN_ROUNDS = 3
 # A proposal is matched to weights that are worth so many draws per dimension, flattened if need be.
 _DRAWS_PER_DIMENSION = 10
-# Effective share of a round's draws at which its proposal is kept; the lower one is enough where the
-# share did not grow by a factor from the round before.
+# Effective share of a round's draws at which its proposal is kept; the lower one is enough where
+# the share did not grow by a factor from the round before.
 _GOOD, _FAIR, _PROGRESS = 0.6, 0.2, 1.1
 # What the last round may change about a mean, in sds, or about an sd, and fewest effective draws.
 _MAX_SHIFT, _MIN_ESS = 0.05, 400
