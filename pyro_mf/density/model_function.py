@@ -20,6 +20,7 @@ from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
 from pyro_mf.density.checks import invalid_data
 from pyro_mf.density.prototype import Prototype
+from pyro_mf.density.supports import support_of
 from pyro_mf.density.tracing import TracingMode, without_validation
 
 
@@ -156,7 +157,7 @@ class ModelFunction:
                     "its structure depends on random values. Static structure is needed."
                 )
             # The support may depend on the data, so it is read here and not from the prototype.
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             value = transform(unconstrained[name])
             jacobian = transform.log_abs_det_jacobian(unconstrained[name], value).sum()
             log_det.append(jacobian * self._sites[name].plate_scale)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from pyro_mf._errors import ModelError
+from pyro_mf.density.supports import support_of
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _read_site(name: str, node: Any, start: int, *, full_size: bool) -> Site:
         plates = [Plate(p.name, p.dim, p.full_size, p.full_size) for p in plates]
     plates.sort(key=lambda p: p.dim)
     try:
-        unconstrained_shape = biject_to(fn.support).inverse_shape(torch.Size(shape))
+        unconstrained_shape = biject_to(support_of(fn)).inverse_shape(torch.Size(shape))
     except RuntimeError as error:
         raise ModelError(
             f"latent site '{name}' ({type(fn).__name__}) has bounds that come with the minibatch, "
@@ -256,7 +257,7 @@ def _read_site(name: str, node: Any, start: int, *, full_size: bool) -> Site:
         ) from error
     return Site(
         name=name,
-        support=fn.support,
+        support=support_of(fn),
         shape=torch.Size(shape),
         unconstrained_shape=torch.Size(unconstrained_shape),
         event_dim=fn.event_dim,

@@ -12,6 +12,28 @@ from torch.distributions import biject_to, constraints
 from pyro_mf._errors import ModelError
 
 
+def support_of(fn: Any) -> constraints.Constraint:
+    """The support of a distribution, that of a mixture being its components'.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> halves = dist.Categorical(torch.ones(2))
+        >>> support_of(dist.MixtureSameFamily(halves, dist.Normal(torch.zeros(2), 1.0)))
+        Real()
+    """
+    return _unwrapped(fn.support)
+
+
+def _unwrapped(support: Any) -> Any:
+    if type(support).__name__ == "MixtureSameFamilyConstraint":  # which torch does not export
+        return _unwrapped(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        base = _unwrapped(support.base_constraint)
+        if base is not support.base_constraint:
+            return constraints.independent(base, support.reinterpreted_batch_ndims)
+    return support
+
+
 def value_at_zero(msg: Any) -> Tensor:
     """The value of a latent site at zero on its unconstrained axis.
 
@@ -20,7 +42,7 @@ def value_at_zero(msg: Any) -> Tensor:
     """
     fn = msg["fn"]
     try:
-        transform = biject_to(fn.support)
+        transform = biject_to(support_of(fn))
     except NotImplementedError as error:
         raise ModelError(
             f"latent site '{msg['name']}' ({type(fn).__name__}) has support {fn.support}, which "
@@ -54,12 +76,12 @@ def check_supports_are_fixed(
     Raises:
         ModelError: If a support moves when other latents do.
     """
-    movable = [name for name, node in latents.items() if has_tensor_bounds(node["fn"].support)]
+    movable = [name for name, node in latents.items() if has_tensor_bounds(support_of(node["fn"]))]
     if not movable:
         return
 
     def elsewhere(node: Any) -> Tensor:
-        transform = biject_to(node["fn"].support)
+        transform = biject_to(support_of(node["fn"]))
         return transform(transform.inv(value_at_zero(node)) + 0.5)  # type: ignore[no-any-return]
 
     moved = run(elsewhere)

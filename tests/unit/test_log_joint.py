@@ -16,6 +16,7 @@ from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
 from pyro_mf.density.capture import _Runner
 from pyro_mf.density.program import Program
+from pyro_mf.guides import AutoMeanField
 
 
 def normal_model(x: Tensor) -> None:
@@ -337,3 +338,23 @@ def test_bounds_that_come_with_the_data_are_fine() -> None:
     log_joint = LogJoint(model, (x,))
     assert float(log_joint.constrain(torch.zeros(1))["scale"]) == pytest.approx(1.0)
     assert log_joint.mode == "vmap"
+
+
+@pytest.mark.parametrize("is_event", [False, True])
+def test_a_mixture_has_the_support_of_its_components(is_event) -> None:
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(3, 2)),
+        dist.LogNormal(torch.tensor([-2.0, 2.0]).expand(3, 2), 0.5),
+    )
+
+    def model():
+        if is_event:
+            pyro.sample("x", mixture.to_event(1))
+        else:
+            with pyro.plate("row", 3):
+                pyro.sample("x", mixture)
+
+    z = torch.randn(5, 3)
+    expected = (mixture.log_prob(z.exp()) + z).sum(-1)
+    assert torch.allclose(LogJoint(model)(z), expected)
+    assert bool((AutoMeanField(model)()["x"] > 0).all())
