@@ -96,7 +96,7 @@ class Prior:
                     raise ModelError(
                         f"{num_lost} draws from the prior, of {num_lost + len(rows)}, lie at "
                         "infinity on the unconstrained axis: at the edge of their support, as "
-                        "draws of extreme Beta or Gamma priors do. Use priors that keep away "
+                        "draws that overflow do. Use priors that keep away "
                         "from the edge."
                     )
         return torch.stack(rows)
