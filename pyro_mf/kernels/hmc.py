@@ -18,9 +18,7 @@ from pyro_mf._errors import NonFiniteError
 from pyro_mf.density.blocks import Evaluate
 from pyro_mf.kernels.adaptation import LengthSearch, StepSize, renewal
 from pyro_mf.kernels.metric import Metric
-from pyro_mf.kernels.transition import HMCState, hmc_transition, initialise
-
-__all__ = ["HMCDraws", "HMCState", "ParallelHMC", "hmc_transition", "initialise"]
+from pyro_mf.kernels.transition import HMCState, hmc_transition
 
 _QUARTER_PERIOD = math.pi / 2  # after which a Gaussian target in the metric's unit is forgotten
 _LENGTH_JITTER, _STEP_JITTER = 0.5, 0.1
@@ -242,4 +240,5 @@ class ParallelHMC:
         self._acceptance = state["acceptance"].clone()
         self._num_iterations = state["num_iterations"]
         self.num_gradients, self.num_divergent = state["num_gradients"], state["num_divergent"]
+        self._caution.fill_(1.0)
         self.generator.set_state(state["generator"])

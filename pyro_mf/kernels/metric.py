@@ -113,6 +113,8 @@ class Metric:
         distance = (sample - unit * identity).square().sum()
         noise = centred.square().sum(1).square().mean() - sample.square().sum()
         noise = noise / max(num_effective, 1.0)
-        shrinkage = (noise / distance).clamp(1e-6, 1.0)
+        if not bool(unit > 0):  # nothing moved
+            return self
+        shrinkage = (noise / distance).nan_to_num(nan=1.0).clamp(1e-6, 1.0)
         shrunk = shrinkage * unit * identity + (1.0 - shrinkage) * sample
         return Metric(self.scale @ torch.linalg.cholesky(shrunk))

@@ -219,6 +219,19 @@ def test_chains_that_never_move_are_seen():
     assert measure_mixing(draws.z).stuck.tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_warming_up_where_nothing_moves_ends_all_the_same(is_dense):
+    def density(z):
+        return torch.where((z == 1.0).all(-1), 0.0, -torch.inf), torch.zeros_like(z)
+
+    metric = Metric(torch.eye(2) if is_dense else torch.ones(2))
+    chains = ParallelHMC(density, torch.ones(8, 2), metric, generator=generator())
+    chains.warm_up(40)
+    draws = chains.sample(10)
+    assert bool((draws.z == 1.0).all())  # also where steps have become too small to be seen
+    assert measure_mixing(draws.z).stuck.tolist() == list(range(8))
+
+
 def test_a_step_size_is_found_from_far_off():
     for value in (1e-2, 1e2):
         step = StepSize(value, 0.8)
