@@ -87,7 +87,8 @@ def renewal(z: Tensor, num_directions: int = 4) -> Tensor:
 
     Effective sizes of a short run hide what does not change within it. The correlation
     :math:`\rho` from one iteration to the next shows it, as :math:`(1 - \rho) / (1 + \rho)`, for
-    the elements, for the directions along which chains stay apart most, and for all their squares.
+    the elements, for the directions along which chains stay apart most, and for the sizes of all
+    of these, which have the time scale of squares with less noise.
 
     Args:
         z: Draws, shape ``(T, N, D)``, in units that make elements comparable.
@@ -99,7 +100,7 @@ def renewal(z: Tensor, num_directions: int = 4) -> Tensor:
     centred = z - z.mean((0, 1))
     directions = torch.linalg.svd(centred.mean(0), full_matrices=False).Vh[:num_directions]
     series = torch.cat([centred, centred @ directions.T], -1)
-    correlation = torch.cat([_correlation(series), _correlation(series.square())])
+    correlation = torch.cat([_correlation(series), _correlation(series.abs())])
     return (1.0 - correlation) / (1.0 + correlation)
 
 
