@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pyro_mf.guides.protocol import is_factorised
-from pyro_mf.objectives import ReverseKL
+from pyro_mf.objectives import ForwardKL, ReverseKL
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.descent import Descent, Divergence
 from pyro_mf.solvers.noisy_loss import NoisyLoss
@@ -114,6 +115,8 @@ def solve_stochastic(
         leaves.write(descent.best())
         leaves.clear_gradient()
         optimised = time.perf_counter()
+        if isinstance(objective, ForwardKL):  # whose loss is no bound on the evidence
+            loss = replace(loss, objective=ReverseKL())
         elbo, elbo_se = _evaluate(loss)
     return Outcome(
         elbo=elbo,
