@@ -95,9 +95,8 @@ class Prior:
                 if num_lost > 1 + _MAX_LOST * num_draws:
                     raise ModelError(
                         f"{num_lost} draws from the prior, of {num_lost + len(rows)}, lie at "
-                        "infinity on the unconstrained axis: at the edge of their support, as "
-                        "draws that overflow do. Use priors that keep away "
-                        "from the edge."
+                        "infinity on the unconstrained axis: at the edge of their support, where "
+                        "draws under- or overflow. Use priors that keep away from the edge."
                     )
         return torch.stack(rows)
 

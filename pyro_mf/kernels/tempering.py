@@ -76,7 +76,8 @@ def tempered_smc(
     Returns:
         N ``num_sweeps`` draws of every run. Where they cannot be trusted ``problems`` says why:
         runs that disagree, moves that are hardly accepted, a target that was not reached in small
-        steps. ``khat`` is ``nan``.
+        steps. ``khat`` is ``nan``. The error of the log evidence is the spread between runs only:
+        from a vague prior all runs can be low by more, a few nats.
 
     Raises:
         ValueError: If a number is out of its range.
