@@ -12,7 +12,9 @@ from torch import Tensor
 # large enough for the acceptance to be that of a Gaussian energy error.
 _GAIN = 2.5
 _FACTOR = 1.5  # between trajectory lengths that are compared
-_BETTER = 1.15  # what counts as an improvement, beyond noise
+# Gain in efficiency that a longer, and a shorter, trajectory is to bring. Estimates are noisy, and
+# one that is too short by far costs more than one that is too long by a factor.
+_LONGER, _SHORTER = 0.9, 1.15
 
 
 @dataclass
@@ -72,7 +74,8 @@ class LengthSearch:
 
     def report(self, efficiency: float) -> None:
         """Say how efficient the present length was, and go to the next."""
-        if self._improvements < 0 or efficiency > _BETTER * self._efficiency:
+        needed = _LONGER if self._factor > 1.0 else _SHORTER
+        if self._improvements < 0 or efficiency > needed * self._efficiency:
             self.best, self._efficiency = self.length, efficiency
             self._improvements += 1
         elif self._factor > 1.0 and self._improvements == 0:
