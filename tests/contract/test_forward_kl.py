@@ -72,7 +72,8 @@ def averaged(
 
 
 @pytest.mark.parametrize(
-    ("estimator", "steps", "tolerance"), [("hmc", 250, 0.07), ("imh", 500, 0.12)]
+    ("estimator", "steps", "tolerance"),
+    [("hmc", 250, 0.07), pytest.param("imh", 500, 0.12, marks=pytest.mark.slow)],
 )
 def test_gaussian_target_gets_its_marginal_sds(estimator, steps, tolerance) -> None:
     loss = ForwardKL(64, estimator=estimator)
@@ -91,35 +92,33 @@ def skewed() -> None:
     pyro.factor("skew", torch.special.log_ndtr(5.0 * (z - 0.5) / 2.0))
 
 
-def test_hmc_fits_the_skew_normal_where_wake_phi_does_not() -> None:
-    _, scale = averaged(skewed, ForwardKL(64), steps=200, last=120, init_scale=1.2)
-    # 64 chains for 120 steps of the optimiser: an error of about 0.01; z = 4.
-    assert float(scale) == pytest.approx(1.2456, abs=0.03)  # wake-phi stops at 1.199
-
-
+# Without a heavy-tailed share of proposals "imh" and "msc" fill the right tail in thousands of
+# steps only: q is narrower than the target there, so that the weights are unbounded.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("estimator", "count", "mean", "sd"),
+    ("estimator", "count", "defensive", "mean", "sd"),
     [
-        ("hmc", 32, 2.0648, 1.2456),
-        ("imh", 32, 2.0648, 1.2456),
-        ("msc", 10, 2.0648, 1.2456),
-        ("snis", 10, 2.053, 1.199),
-        ("snis", 2, 2.041, 1.084),
+        ("hmc", 32, 0.0, 2.0648, 1.2456),
+        ("imh", 32, 0.1, 2.0648, 1.2456),
+        ("msc", 10, 0.1, 2.0648, 1.2456),
+        ("snis", 10, 0.0, 2.053, 1.199),
+        ("snis", 2, 0.0, 2.041, 1.084),
     ],
 )
 @pytest.mark.filterwarnings("ignore::pyro_mf._errors.EstimatorWarning")
-def test_skew_normal_of_markovian_score_climbing(estimator, count, mean, sd) -> None:
-    loss = ForwardKL(count, estimator=estimator)
+def test_skew_normal_of_markovian_score_climbing(estimator, count, defensive, mean, sd) -> None:
+    loss = ForwardKL(count, estimator=estimator, defensive=defensive)
     guide = AutoMeanField(skewed, init_scale=1.0)
     svi = SVI(skewed, guide, pyro.optim.Adam({"lr": 0.01}), loss=loss)
     locs, scales = [], []
-    for step in range(6000):
+    for step in range(5000):
         svi.step()
-        if step >= 1500:
+        if step >= 1000:
             locs.append(float(guide.loc.detach()))
             scales.append(float(guide.scale.detach()))
-    error = 0.02 if count > 2 else 0.03  # 3 errors of the least mixing chain over 4500 steps
+    # 4000 steps of independent draws know mean and sd to 0.003 at 32 of them, to 0.014 at 2; z = 3,
+    # and a factor of 2 for chains that remember.
+    error = 0.02 if count == 32 else 0.04
     assert np.mean(locs) == pytest.approx(mean, abs=error)
     assert np.mean(scales) == pytest.approx(sd, abs=error)
 
@@ -130,9 +129,7 @@ def test_smc_covers_both_modes() -> None:
         modes = torch.stack([dist.Normal(m, 0.5).log_prob(z) for m in (-2.0, 2.0)])
         pyro.factor("modes", torch.logsumexp(modes, 0) - dist.Normal(0.0, 3.0).log_prob(z))
 
-    loc, scale = averaged(
-        model, ForwardKL(64, estimator="smc"), steps=300, last=150, init_scale=2.0
-    )
+    loc, scale = averaged(model, ForwardKL(64, estimator="smc"), steps=120, last=80, init_scale=2.0)
     # N(0, 4.25): four thousand particles and more, modes in runs' shares.
     assert abs(float(loc)) < 0.3
     assert float(scale) == pytest.approx(math.sqrt(4.25), abs=0.1)
@@ -147,7 +144,7 @@ def test_wake_theta_maximises_the_evidence() -> None:
 
     x = 3.0 * torch.randn(40)
     loss = ForwardKL(32)
-    values = train(model, AutoMeanField(model, init_scale=1.0), loss, 250, x, lr=0.1)
+    values = train(model, AutoMeanField(model, init_scale=1.0), loss, 150, x, lr=0.1)
     best = float((x.square().mean() - 1.0).sqrt())  # maximum likelihood: var x = width^2 + 1
     assert float(pyro.param("width").detach()) == pytest.approx(best, rel=0.05)
     assert all(isinstance(v, float) for v in values)
@@ -465,8 +462,8 @@ def test_latent_with_infinite_support_is_left_to_importance_sampling() -> None:
         pyro.sample("k", dist.Poisson(rate))
 
     x = torch.tensor(2.0)
-    loss = ForwardKL(40)
-    train(model, guide, loss, 40, x, lr=0.05)
+    loss = ForwardKL(25)
+    train(model, guide, loss, 30, x, lr=0.05)
     assert "'k' is discrete and cannot be summed out" in loss.diagnostics.reason
     k = torch.arange(40.0, dtype=torch.float64)
     posterior = torch.softmax(dist.Poisson(3.0).log_prob(k) + dist.Normal(k, 1.0).log_prob(x), 0)
@@ -494,6 +491,7 @@ def test_chains_on_minibatches_are_refused(estimator) -> None:
         ForwardKL(4, estimator=estimator).loss(subsampled, AutoMeanField(subsampled), X)
 
 
+@pytest.mark.slow
 def test_minibatches_of_local_latents_reach_the_posterior() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), subsample_size=2) as index:
@@ -556,6 +554,8 @@ def test_density_that_is_nowhere_finite_is_an_error(estimator) -> None:
         ForwardKL(8, estimator=estimator).loss(brittle, guide, X, *nowhere)
 
 
+# The gradients of a density that is cut off do not average to zero, as smc notes.
+@pytest.mark.filterwarnings("ignore:the particles of estimator='smc'")
 @pytest.mark.parametrize("estimator", CHAINS)
 def test_draws_without_density_are_never_used(estimator) -> None:
     guide = AutoMeanField(brittle, init_scale=1.0)
@@ -591,7 +591,10 @@ def test_chains_that_never_move_are_warned_of() -> None:
     loss.differentiable_loss(conjugate, guide, X)  # once
 
 
-def test_chains_in_two_modes_are_warned_of() -> None:
+def test_chains_in_two_modes_are_warned_of(monkeypatch) -> None:
+    monkeypatch.setattr("pyro_mf.objectives.forward_report._LOOKS", {20})
+    monkeypatch.setattr("pyro_mf.objectives.forward_samplers._WARM_UP", 50)
+
     def model() -> None:
         z = pyro.sample("z", dist.Normal(0.0, 10.0))
         modes = torch.stack([dist.Normal(m, 0.7).log_prob(z) for m in (-7.0, 7.0)])
@@ -600,11 +603,13 @@ def test_chains_in_two_modes_are_warned_of() -> None:
     guide = AutoMeanField(model, init_scale=7.0)
     loss = ForwardKL(8, estimator="hmc")
     with pytest.warns(EstimatorWarning, match="do not agree: R-hat is .*several modes"):
-        train(model, guide, loss, 200)
+        train(model, guide, loss, 20)
     assert loss.diagnostics.rhat > 1.2
 
 
-def test_uneven_weights_are_warned_of() -> None:
+def test_uneven_weights_are_warned_of(monkeypatch) -> None:
+    monkeypatch.setattr("pyro_mf.objectives.forward_report._LOOKS", {60})
+
     def model() -> None:
         size = 12
         covariance = 0.1 * torch.eye(size) + 0.9 * torch.ones(size, size)
@@ -612,7 +617,7 @@ def test_uneven_weights_are_warned_of() -> None:
 
     loss = ForwardKL(10, estimator="snis")
     with pytest.warns(EstimatorWarning, match="weights of estimator='snis' are too uneven"):
-        train(model, AutoMeanField(model, init_scale=1.0), loss, 200, lr=0.01)
+        train(model, AutoMeanField(model, init_scale=1.0), loss, 60, lr=0.01)
     assert loss.diagnostics.khat > 0.5
 
 
