@@ -103,7 +103,7 @@ def forward(model: Any, args: tuple[Any, ...], **settings: Any) -> list[Entry]:
         " ".join([result.message, *result.notes]),
         (result.elbo, result.elbo_se),
         (result.eubo, result.eubo_se),
-        result.draws.sample(8000),
+        result.draws.sample(30_000),
     )
     return [entry]
 

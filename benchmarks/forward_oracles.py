@@ -40,7 +40,7 @@ HARD: dict[str, tuple[Callable[[], Target], str]] = {
     "funnel": (problems.funnel, ""),
     "labels": (problems.switching_labels, ""),
 }
-SMOKE = ("three", "skew")
+SMOKE = ("pooled", "skew")
 
 
 def make_table() -> Table:
@@ -53,10 +53,12 @@ def make_table() -> Table:
     return table
 
 
-def add_rows(table: Table, target: Target, entries: list[Entry], best: str) -> None:
+def add_rows(
+    table: Table, target: Target, log_joint: LogJoint, entries: list[Entry], best: str
+) -> None:
     """One line per contender; what is known of the target stands in the first."""
-    log_joint = LogJoint(target.model, target.args)
-    for first, entry in zip([True] + [False] * len(entries), entries, strict=False):
+    for number, entry in enumerate(entries):
+        first = number == 0
         mean, sd = errors(log_joint, entry.loc, entry.sd, target.truth)
         known = "" if math.isnan(target.log_evidence) else f"{target.log_evidence:.2f}"
         table.add_row(
@@ -134,12 +136,16 @@ def main() -> None:
         entries += forward(target.model, target.args, **settings)
         if args.nuts:
             entries += nuts(target.model, target.args, seed=args.seed)
-        add_rows(table, target, entries, best)
+        log_joint = LogJoint(target.model, target.args)
+        add_rows(table, target, log_joint, entries, best)
         console.print(f"{target.name}: truth is {target.source}")
         for line in gaussian_lines(target, entries) if target.covariance is not None else ():
             console.print(f"  {line}")
-        for entry in entries if args.notes else ():
-            console.print(f"  {entry.method}: {entry.note}")
+        for entry in entries:
+            mean, sd = errors(log_joint, entry.loc, entry.sd, target.truth)
+            console.print(f"  {entry.method}, {entry.verdict}: mean {mean:.3f}, sd {sd:.3f}")
+            if args.notes and entry.note:
+                console.print(f"    {entry.note}")
     console.print(table)
     console.print(predictive_table(args.seed))
 

@@ -27,6 +27,6 @@ def test_example_runs_and_says_where_its_picture_is(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", ["svi_step", "nuts"])
+@pytest.mark.parametrize("benchmark", ["svi_step", "nuts", "forward_oracles"])
 def test_benchmark_runs(benchmark):
     assert "eight schools" in run("-m", f"benchmarks.{benchmark}", "--smoke")
