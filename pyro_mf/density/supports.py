@@ -21,7 +21,8 @@ def support_of(fn: Any) -> constraints.Constraint:
         >>> support_of(dist.MixtureSameFamily(halves, dist.Normal(torch.zeros(2), 1.0)))
         Real()
     """
-    return _unwrapped(fn.support)
+    support: constraints.Constraint = _unwrapped(fn.support)
+    return support
 
 
 def _unwrapped(support: Any) -> Any:

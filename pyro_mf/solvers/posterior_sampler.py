@@ -12,9 +12,10 @@ from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.prior import Prior
 from pyro_mf.kernels import Metric
+from pyro_mf.kernels.annealing import Base
 from pyro_mf.kernels.importance import adaptive_importance
 from pyro_mf.kernels.student_t import StudentT
-from pyro_mf.kernels.tempering import Base, tempered_smc
+from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.solvers.chains import ChainRun
 from pyro_mf.solvers.meter import BudgetSpentError
@@ -84,7 +85,6 @@ class PosteriorSampler:
         self._error = math.nan
         self._scouts = loc.new_zeros(0, len(loc))
         self._found: list[Drawn] = []
-        self._is_elsewhere = False
 
     @property
     def num_gradients(self) -> int:
@@ -116,8 +116,6 @@ class PosteriorSampler:
                 self._keep(found)
                 if found is not None and not found[1].problems:
                     break
-                if self._is_elsewhere:  # chains would not come from one mode to another
-                    methods.sort(key=("smc", "hmc").index)
         except BudgetSpentError:
             self.ending = "budget"
         except KeyboardInterrupt:
@@ -241,7 +239,6 @@ class PosteriorSampler:
         excess = float(log_weights.max()) - drawn.log_evidence - math.log(len(drawn.z))
         if excess <= _MISSED:
             return ()
-        self._is_elsewhere = True
         return (
             "a climb from elsewhere ended where the posterior is as dense as at its typical "
             f"points, and none of the draws is (e^{excess:.0f} times the weight of all of them): "

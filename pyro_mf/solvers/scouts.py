@@ -34,7 +34,7 @@ def send_scouts(
         density: The log density.
         loc: Where the optimum is, shape ``(D,)``.
         metric: Covariance there, in whose unit the climb is.
-        num: Number of scouts sent.
+        num: Number of scouts sent, at least 2.
         generator: Source of randomness.
 
     Returns:
