@@ -17,7 +17,7 @@ from benchmarks import forward_problems as problems
 from benchmarks.forward_problems import Target, errors
 from pyro_mf.fitting import fit
 
-TOLERANCE = 0.04  # sds, asked of the fits
+TOLERANCE = 0.08  # sds, asked of the fits
 Z = 4.0
 
 
@@ -162,11 +162,11 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_reverse_marginals_are_not(name) -> None:
-    """The control: 4 to 35 times what forward marginals are held to."""
+    """The control: 1.8 to 18 times what forward marginals are held to."""
     target = SMALL[name]()
     result = fit(target.model, target.args, progress=False)
     loc, sd = (p.detach() for p in result.guide.flat_params())
-    assert errors(result.log_joint, loc, sd, target.truth)[1] > 3 * TOLERANCE
+    assert errors(result.log_joint, loc, sd, target.truth)[1] > 1.5 * TOLERANCE
 
 
 @pytest.mark.slow
