@@ -136,7 +136,9 @@ def draw(axes: plt.Axes, target: Target, fits: dict[str, Fit]) -> None:
         f"{name}: KL(q‖p) {found.reverse_kl:.2f}, KL(p‖q) {found.forward_kl:.2f}"
         for name, found in fits.items()
     ]
-    axes.set_title(f"{target.name}\n" + "\n".join(lines), fontsize=10)
+    lower, upper = fits["reverse"].result.elbo, fits["forward"].result.eubo
+    lines.append(f"ELBO of reverse {lower:.2f} ≤ log evidence 0 ≤ {upper:.2f} EUBO of forward")
+    axes.set_title(f"{target.name}\n" + "\n".join(lines), fontsize=9)
 
 
 def picture(rows: list[tuple[Target, dict[str, Fit]]], path: Path) -> None:
