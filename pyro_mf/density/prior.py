@@ -52,7 +52,9 @@ class Prior:
         self._sites = [site.name for site in self.layout.sites]
         with torch.random.fork_rng(), torch.no_grad():
             self._check(self._run())
-        self._blocks = Blocks(LogJoint(self._model, self._args, self._kwargs))
+        # Not compiled: a prior is soon computed, and a run of tempering soon over.
+        own = LogJoint(self._model, self._args, self._kwargs, backend="graph")
+        self._blocks = Blocks(own)
         if self._blocks.log_joint.layout.element_names() != self.layout.element_names():
             raise ModelError(
                 "the model has other latent sites once its observations are hidden, so its prior "

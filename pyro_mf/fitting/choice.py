@@ -74,6 +74,8 @@ def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = F
         obstacle = f"the log density is not differentiable: {missing}"
         obstacle += "" if _is_forward(problem) else "; score gradients, slow"
     _set_up_guide(problem)
+    if has_draws and not _is_forward(problem):
+        obstacle = "the objective is the reverse KL, which makes no use of them"
     if solver not in ("auto", "stochastic", fast):
         obstacle = f"it is for objective={_OBJECTIVES[solver]}()"
     if obstacle is None and solver != "stochastic":
