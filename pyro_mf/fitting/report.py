@@ -10,7 +10,7 @@ from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
-    from pyro_mf.solvers.evidence import EvidenceBounds
+    from pyro_mf.solvers.outcome import Forward
 
 _WIDTH = 100
 _INDENT = 18
@@ -52,7 +52,7 @@ def report(result: FitResult) -> str:
     else:
         lines += [
             _line("EUBO", f"{with_error(forward.eubo, forward.eubo_se)} nats"),
-            _line("log evidence", _evidence(forward.bounds)),
+            _line("log evidence", _evidence(forward)),
         ]
     if (believe := _believe(result)) is not None:
         lines.append(_line("sds to believe", believe))
@@ -94,9 +94,14 @@ def _linear_response(result: FitResult) -> str:
     )
 
 
-def _evidence(bounds: EvidenceBounds) -> str:
-    lower, upper = with_error(*bounds[:2]), with_error(*bounds[2:])
-    return f"from {lower} to {upper} nats, by the best approximation known"
+def _evidence(forward: Forward) -> str:
+    lower, upper = with_error(*forward.bounds[:2]), with_error(*forward.bounds[2:])
+    text = f"from {lower} to {upper} nats, by the best approximation known"
+    numbers = forward.draws.diagnostics
+    if "log_evidence" in numbers and not forward.draws.problems:
+        estimate = with_error(numbers["log_evidence"], numbers["log_evidence_se"])
+        text += f"; {estimate} by importance sampling"
+    return text
 
 
 def _believe(result: FitResult) -> str | None:

@@ -142,7 +142,8 @@ class ChainRun:
 
     def run(self) -> None:
         """Go on until the error is small, or the chains are seen never to agree."""
-        self._chains.warm_up(_WARM_UP)
+        if not self._kept.count:
+            self._chains.warm_up(_WARM_UP)
         tunings = 1
         while True:
             self._kept.add(self._chains)
@@ -160,6 +161,14 @@ class ChainRun:
             if tunings < _NUM_TUNINGS:
                 self._chains.warm_up(_WARM_UP)
                 self._kept, tunings = _Kept(), tunings + 1
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing is wrong but that there are too few draws."""
+        if not self._kept.count:
+            return False
+        agree = not self._kept.as_chains().problems(self._names)
+        return agree and self._kept.divergent <= _MAX_DIVERGENT
 
     def found(self) -> tuple[ChainDraws, PosteriorDraws] | None:
         """The draws so far and what is to be said about them; ``None`` where there are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -21,10 +22,12 @@ from pyro_mf.solvers.chains import ChainRun
 from pyro_mf.solvers.meter import BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
-from pyro_mf.solvers.scouts import send_scouts
+from pyro_mf.solvers.scouts import count_astray, send_scouts
+from pyro_mf.weights import psis
 
 # Latents up to which importance sampling is tried first.
 _MAX_IMPORTANCE = 25
+_MAX_TEMPERED = 300  # beyond, the temperatures take more than the budget
 _ROWS = 64  # points at which a gradient counts as one
 _NUM_CHAINS, _NUM_COSTLY_CHAINS = 64, 32
 _NUM_SCOUTS = 32
@@ -32,8 +35,10 @@ _NUM_SCOUTS = 32
 # do not manage with that is for the next.
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
 _WIDE = 4.0  # sds of the reverse fit
-# Nats by which a weight may exceed all draws' together before a region counts as missed.
-_MISSED = 3.0
+_NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
+_NUM_COMPARED = 4000  # draws among which scouts must find neighbours
+# Pareto index of the squares above which their variance is infinite, latents for which it is asked.
+_MAX_TAIL, _NUM_TAILS = 0.5, 8
 NAMES: dict[Source, str] = {
     "importance": "adaptive importance sampling",
     "hmc": "parallel HMC chains",
@@ -114,7 +119,7 @@ class PosteriorSampler:
                 self._phase = name = methods.pop(0)
                 found = self._by(name, is_last=not methods)
                 self._keep(found)
-                if found is not None and not found[1].problems:
+                if found is not None and not self._found[-1][1].problems:
                     break
         except BudgetSpentError:
             self.ending = "budget"
@@ -131,8 +136,10 @@ class PosteriorSampler:
     def _methods(self, method: Source | None) -> list[Source]:
         if method is not None:
             return [method]
-        few = len(self.loc) <= _MAX_IMPORTANCE
-        return ["importance", "hmc", "smc"] if few else ["hmc", "smc"]
+        size = len(self.loc)
+        if size > _MAX_TEMPERED:
+            return ["hmc"]
+        return ["importance", "hmc", "smc"] if size <= _MAX_IMPORTANCE else ["hmc", "smc"]
 
     def _by(self, name: Source, *, is_last: bool) -> Drawn | None:
         if name == "importance":
@@ -156,8 +163,15 @@ class PosteriorSampler:
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['importance']} failed: {error}")
             return None
-        problems = (*drawn.problems, *self._missed(drawn))
-        return drawn, _freeze("importance", drawn, problems, {"khat": drawn.khat})
+        numbers = {
+            "khat": drawn.khat,
+            "log_evidence": drawn.log_evidence,
+            "log_evidence_se": drawn.log_evidence_se,
+        }
+        found = drawn, _freeze("importance", drawn, drawn.problems, numbers)
+        if drawn.problems:  # weights that only a few draws have may know of something, too
+            self._scouts = torch.cat([self._scouts, found[1].sample(_NUM_WEIGHTY, seed=0)])
+        return found
 
     def _by_chains(self, *, is_last: bool) -> Drawn | None:
         try:
@@ -178,12 +192,13 @@ class PosteriorSampler:
         left = self.max_gradients - self.num_gradients
         self._limit = self.num_gradients + (left if is_last else int(_CHAINS_SHARE * left))
         try:
-            run.run()
-        except BudgetSpentError:
-            if self.num_gradients >= self.max_gradients:
-                self._keep(run.found())
-                raise
-        except KeyboardInterrupt:
+            try:
+                run.run()
+            except BudgetSpentError:
+                self._limit = self.max_gradients
+                if is_last or run.is_healthy:  # the next would do no better
+                    run.run()
+        except (BudgetSpentError, KeyboardInterrupt):
             self._keep(run.found())
             raise
         finally:
@@ -192,7 +207,7 @@ class PosteriorSampler:
 
     def _keep(self, found: Drawn | None) -> None:
         if found is not None:
-            self._found.append(found)
+            self._found.append((found[0], self._checked(found[1])))
 
     def _by_tempering(self) -> Drawn | None:
         left = self.max_gradients - self.num_gradients
@@ -230,20 +245,23 @@ class PosteriorSampler:
             return StudentT(self.loc, tril, 7.0)
         return prior
 
-    def _missed(self, drawn: WeightedDraws) -> tuple[str, ...]:
-        """Whether scouts found a place where the draws are not although the posterior is."""
-        if not len(self._scouts):
-            return ()
-        tail = StudentT(drawn.mean, torch.linalg.cholesky(drawn.covariance), len(self.loc) + 5.0)
-        log_weights = self._values(self._scouts) - tail.log_prob(self._scouts)
-        excess = float(log_weights.max()) - drawn.log_evidence - math.log(len(drawn.z))
-        if excess <= _MISSED:
-            return ()
-        return (
-            "a climb from elsewhere ended where the posterior is as dense as at its typical "
-            f"points, and none of the draws is (e^{excess:.0f} times the weight of all of them): "
-            "there is another mode, or a long bend",
-        )
+    def _checked(self, draws: PosteriorDraws) -> PosteriorDraws:
+        """With what the scouts and the tails say against the draws."""
+        problems = list(draws.problems)
+        astray = count_astray(self._scouts, draws.sample(_NUM_COMPARED, seed=0))
+        if astray and draws.source != "hmc":  # whose chains start there, and R-hat tells
+            problems.append(
+                f"{astray} of {len(self._scouts)} climbs from elsewhere ended where none of the "
+                "draws is: there is another mode, or a long bend"
+            )
+        worst, khat = _heaviest_tail(draws)
+        if khat > _MAX_TAIL:
+            name = self.blocks.log_joint.layout.element_names()[worst]
+            problems.append(
+                f"the tails of '{name}' are so heavy (k-hat {khat:.2f} of its squares, above "
+                f"{_MAX_TAIL}) that the error of its sd cannot be told from draws"
+            )
+        return replace(draws, problems=tuple(problems))
 
     def _say_what_failed(self) -> None:
         for k, (_, draws) in enumerate(self._found):
@@ -275,6 +293,18 @@ class PosteriorSampler:
         self.report(Progress(self._phase, self.num_gradients, math.nan, math.nan))
 
 
+def _heaviest_tail(draws: PosteriorDraws) -> tuple[int, float]:
+    """The latent whose squares have the heaviest tail under the weights, and its k-hat."""
+    standard = (draws.z - draws.mean) / draws.sd
+    fourth = draws.weights @ standard.pow(4)
+    found = (0, -math.inf)
+    for index in fourth.topk(min(_NUM_TAILS, len(fourth))).indices.tolist():
+        squares = standard[:, index].square().clamp_min(torch.finfo(standard.dtype).tiny)
+        khat = psis(draws.log_weights + squares.log()).khat
+        found = max(found, (index, khat), key=lambda pair: pair[1])
+    return found
+
+
 def _rank(drawn: Drawn) -> tuple[bool, bool, float]:
     """Order from best to worst: weights that are not to be trusted know their own error least."""
     draws = drawn[1]
@@ -295,8 +325,6 @@ def _freeze(
         problems=problems,
         diagnostics={
             "ess": drawn.ess,
-            "log_evidence": drawn.log_evidence,
-            "log_evidence_se": drawn.log_evidence_se,
             **numbers,
         },
     )

@@ -1,7 +1,8 @@
-"""Scouts: points as high as the posterior's typical ones, reached from elsewhere.
+"""Scouts: points of the posterior that were reached from elsewhere than its optimum.
 
-Draws that all start at one optimum cannot know of another. Scouts start far away and climb until
-the log density is that of typical draws; where they end, draws have to be, too.
+Draws that all start at one optimum cannot know of another. Scouts start far away, climb until the
+log density is that of typical draws or they find nothing higher, and settle there as chains do;
+where they end, draws have to be, too.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_mf._errors import NonFiniteError
 from pyro_mf.density.blocks import Evaluate
-from pyro_mf.kernels import Metric
+from pyro_mf.kernels import Metric, ParallelHMC
 
 _BOX = 2.0  # half the side of the box that half of them start in, as in Stan
-_SPREAD = 3.0  # sds from the optimum at which the other half start
+_SPREADS = (3.0, 10.0, 30.0)  # sds from the optimum at which the other half start
 _MAX_STEPS = 150
 _TYPICAL_SDS = 3.0  # by which a typical draw's log density may lie below the average
+# Nats, and nats per latent, by which another mode may be lower: being wider, it has as much mass.
+_LOWER, _LOWER_EACH = 10.0, 1.0
+_SETTLING = 40  # transitions
+_NUM_NEAR, _NUM_HELD_OUT = 1000, 200  # draws among which a neighbour is looked for, and by which
+_FARTHER = 1.0  # sds that a scout may be farther from all draws than any of these is
 
 
 def send_scouts(
@@ -28,17 +35,17 @@ def send_scouts(
     num: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Points of typical log density that were reached from dispersed starts.
+    """Points of the posterior that were reached from dispersed starts.
 
     Args:
         density: The log density.
         loc: Where the optimum is, shape ``(D,)``.
         metric: Covariance there, in whose unit the climb is.
-        num: Number of scouts sent, at least 2.
+        num: Number of scouts sent.
         generator: Source of randomness.
 
     Returns:
-        The points of those that arrived, shape ``(K, D)`` with K from 0 to ``num``.
+        Where those are that arrived, shape ``(K, D)`` with K from 0 to ``num``.
     """
 
     def noise(count: int) -> Tensor:
@@ -50,9 +57,44 @@ def send_scouts(
         return loc.new_zeros(0, len(loc))
     level = float(typical.mean() - _TYPICAL_SDS * typical.std())
     in_box = _BOX * (2.0 * torch.rand(num, len(loc), generator=generator, dtype=loc.dtype) - 1.0)
-    starts = torch.cat([in_box[::2], loc + _SPREAD * metric.unwhiten(noise(num // 2))])
+    spread = loc.new_tensor(_SPREADS).repeat(num)[: num // 2, None]
+    starts = torch.cat([in_box[::2], loc + spread * metric.unwhiten(noise(num // 2))])
     z, values = _climb(density, starts, metric, level)
-    return z[values >= level]
+    lowest = level - _LOWER - _LOWER_EACH * len(loc)
+    z = z[values >= lowest]
+    if len(z) < 2:
+        return z
+    try:
+        chains = ParallelHMC(density, z, metric, generator=generator)
+    except NonFiniteError:  # the density is there, and its gradient is not
+        return z
+    chains.warm_up(_SETTLING)
+    return chains.state.z[chains.state.log_density >= lowest]
+
+
+def count_astray(scouts: Tensor, draws: Tensor) -> int:
+    """How many scouts are where no draw is.
+
+    Args:
+        scouts: Where they are, shape ``(K, D)``.
+        draws: Equally weighted draws of the posterior, shape ``(S, D)``, with or without
+            repetitions.
+
+    Returns:
+        The number that is farther from all draws than any draw is from the others.
+    """
+    draws = torch.unique(draws, dim=0)
+    draws = draws[:: max(1, len(draws) // (_NUM_NEAR + _NUM_HELD_OUT))]
+    if not len(scouts) or len(draws) < 2 * _NUM_HELD_OUT:
+        return 0
+    centred = draws - draws.mean(0)
+    covariance = centred.T @ centred / len(draws)
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    unit = Metric(covariance.diagonal().sqrt() if int(failed) else factor)
+    held_out = torch.arange(len(draws)) % (len(draws) // _NUM_HELD_OUT) == 0
+    near = unit.whiten(draws[~held_out])
+    allowed = torch.cdist(unit.whiten(draws[held_out]), near).min(1).values.max() + _FARTHER
+    return int((torch.cdist(unit.whiten(scouts), near).min(1).values > allowed).sum())
 
 
 def _climb(density: Evaluate, z: Tensor, metric: Metric, level: float) -> tuple[Tensor, Tensor]:
