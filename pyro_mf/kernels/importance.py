@@ -10,25 +10,42 @@ needed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from pyro_mf._errors import NonFiniteError
-from pyro_mf.kernels.student_t import StudentT
-from pyro_mf.kernels.weighted import WeightedDraws, temper, weighted_moments
+from pyro_mf.kernels.agreement import Reference, find_disagreement
+from pyro_mf.kernels.student_t import NET_SIZE, StudentT
+from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.weights import effective_sample_size, psis
 
 _NETS = 8  # nets of a round
 _MIN_ROUNDS = 3
-# A proposal is matched to weights that are worth so many draws per dimension, flattened if need be.
-_DRAWS_PER_DIMENSION = 10
 # Effective share of a round's draws at which its proposal is kept; the lower one is enough where
 # the share did not grow by a factor from the round before.
 _GOOD, _FAIR, _PROGRESS = 0.6, 0.2, 1.1
 # What the last round may change about a mean, in sds, or about an sd, and fewest effective draws.
 _MAX_SHIFT, _MIN_ESS = 0.05, 400
+
+
+class Proposal(Protocol):
+    """A distribution that can be drawn from, scored, and fitted to draws."""
+
+    def sample(self, num_draws: int, generator: torch.Generator) -> Tensor:
+        """Draws, shape ``(num_draws, D)``, in independent nets of ``NET_SIZE``."""
+        ...
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density at the rows of ``(S, D)``, shape ``(S,)``."""
+        ...
+
+    def matched(self, z: Tensor, log_weights: Tensor) -> Self:
+        """One of the same kind that is nearer to what weighted draws represent."""
+        ...
 
 
 def adaptive_importance(
@@ -87,10 +104,69 @@ def adaptive_importance(
         Aufort, Pudlo and Burzykowski (2022), Tempered, Anti-truncated, Multiple Importance
         Sampling, https://hal.science/hal-03559644
     """
-    scale_tril = _check(loc, covariance, tolerance, max_evaluations, degrees_of_freedom)
-    size = len(loc)
-    df = degrees_of_freedom or max(7.0, float(size))
-    proposal = StudentT(loc, scale_tril, df)
+    scale_tril = _check(loc, covariance, degrees_of_freedom)
+    df = degrees_of_freedom or max(7.0, float(len(loc)))
+    return importance_from(
+        density_values,
+        StudentT(loc, scale_tril, df),
+        generator=generator,
+        tolerance=tolerance,
+        max_evaluations=max_evaluations,
+    )
+
+
+def importance_from(
+    density_values: Callable[[Tensor], Tensor],
+    proposal: Proposal,
+    *,
+    generator: torch.Generator,
+    tolerance: float = 0.01,
+    max_evaluations: int = 50_000,
+    reference: Reference | None = None,
+) -> WeightedDraws:
+    r"""As :func:`adaptive_importance`, from a proposal of any kind, which is adapted as it can be.
+
+    From a mixture fitted to draws that know all modes it reaches the precision that those lack. A
+    mode that they do not know is most likely not found.
+
+    Args:
+        density_values: Log densities, shape ``(S,)``, at the rows of ``(S, D)``; a constant may be
+            missing.
+        proposal: The first proposal: a :class:`StudentT` or :class:`StudentMixture`.
+        generator: Source of the scrambles.
+        tolerance: Largest standard error to stop at, positive.
+        max_evaluations: Budget of density evaluations; at least one round is drawn.
+        reference: Draws that know all modes, such as those the proposal was fitted to, with which
+            the result is compared: a mode that no draw falls into shows in no weight.
+
+    Returns:
+        Draws of the same kind, with the same checks and the comparison.
+
+    Raises:
+        ValueError: If a number is out of its range.
+        NonFiniteError: If the density is zero or not finite at every draw.
+
+    Example:
+        >>> from pyro_mf.kernels.mixture import fit_mixture
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> signs = torch.randn(2000, 1, generator=generator, dtype=torch.float64).sign()
+        >>> z = 5.0 * signs + torch.randn(2000, 1, generator=generator, dtype=torch.float64)
+        >>> draws = importance_from(
+        ...     lambda z: torch.logaddexp(-0.5 * (z - 5.0) ** 2, -0.5 * (z + 5.0) ** 2).sum(1),
+        ...     fit_mixture(z, torch.zeros(2000), generator=generator),
+        ...     generator=generator,
+        ... )
+        >>> draws.trusted, bool((draws.covariance - 26.0).abs().max() < 0.5)
+        (True, True)
+
+    References:
+        Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive Importance Sampling in General
+        Mixture Classes, https://arxiv.org/abs/0710.4242
+    """
+    if not tolerance > 0.0:
+        raise ValueError(f"tolerance must be positive; got {tolerance}.")
+    if max_evaluations < 1:
+        raise ValueError(f"max_evaluations must be at least 1; got {max_evaluations}.")
     rounds = _Rounds(density_values, generator)
     previous: WeightedDraws | None = None
     is_adapting, efficiency = True, 0.0
@@ -105,14 +181,16 @@ def adaptive_importance(
         draws = rounds.weighted()
         enough = _is_precise(draws, tolerance) and len(rounds.proposals) >= _MIN_ROUNDS
         problems = _problems(draws, previous)
-        spent = rounds.num_evaluations + _NETS * StudentT.net_size > max_evaluations
+        spent = rounds.num_evaluations + _NETS * NET_SIZE > max_evaluations
         if (enough and not problems) or spent:
             break
         previous = draws
         if is_adapting:
-            proposal = _matched(draws, proposal)
+            proposal = proposal.matched(draws.z, draws.log_weights)
     if not enough:
         problems.append(_describe_errors(draws, tolerance))
+    if reference is not None:
+        problems += find_disagreement(draws, rounds.log_prob, reference)
     return rounds.weighted(tuple(problems))
 
 
@@ -123,22 +201,24 @@ class _Rounds:
         self, density_values: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> None:
         self.density_values, self.generator = density_values, generator
-        self.proposals: list[StudentT] = []
+        self.proposals: list[Proposal] = []
         self.z = torch.empty(0)
         self.log_density = torch.empty(0)
         self.log_sum = torch.empty(0)  # log of the sum over rounds of the proposals' densities
         self.num_evaluations = 0
 
-    def draw(self, proposal: StudentT) -> None:
-        z = proposal.sample(_NETS * StudentT.net_size, self.generator)
+    def draw(self, proposal: Proposal) -> None:
+        z = proposal.sample(_NETS * NET_SIZE, self.generator)
         self.num_evaluations += len(z)
         values = self.density_values(z).detach().to(z)
         values = torch.where(torch.isfinite(values), values, -torch.inf)
-        log_sum = [q.log_prob(z) for q in (*self.proposals, proposal)]
-        log_sum_new = torch.logsumexp(torch.stack(log_sum), 0)
-        if self.proposals:
+        count = len(self.proposals)
+        if count and all(q is proposal for q in self.proposals):
+            self.log_sum = self.log_sum + math.log1p(1.0 / count)
+        elif count:
             self.log_sum = torch.logaddexp(self.log_sum, proposal.log_prob(self.z))
         self.proposals.append(proposal)
+        log_sum_new = self.log_prob(z) + math.log(count + 1)
         self.z, self.log_density, self.log_sum = (
             torch.cat([old.to(new), new])
             for old, new in (
@@ -156,7 +236,7 @@ class _Rounds:
 
     def last_efficiency(self) -> float:
         """Effective share of the last round's draws, by the proposal that they came from."""
-        count = _NETS * StudentT.net_size
+        count = _NETS * NET_SIZE
         z, log_density = self.z[-count:], self.log_density[-count:]
         if not bool(torch.isfinite(log_density).any()):
             return 0.0
@@ -170,9 +250,15 @@ class _Rounds:
         weights downwards; those drawn from it do not have this bias.
         """
         self.proposals = self.proposals[-1:]
-        count = _NETS * StudentT.net_size
+        count = _NETS * NET_SIZE
         self.z, self.log_density = self.z[-count:], self.log_density[-count:]
         self.log_sum = self.proposals[0].log_prob(self.z)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the mixture of all rounds' proposals."""
+        counts = Counter(self.proposals)  # most rounds may share one
+        each = torch.stack([q.log_prob(z) + math.log(count) for q, count in counts.items()])
+        return torch.logsumexp(each, 0) - math.log(len(self.proposals))
 
     def weighted(self, problems: tuple[str, ...] = ()) -> WeightedDraws:
         log_weights = self.log_density - (self.log_sum - math.log(len(self.proposals)))
@@ -188,19 +274,6 @@ class _Rounds:
         )
 
 
-def _matched(draws: WeightedDraws, previous: StudentT) -> StudentT:
-    """The next proposal: the moments of all draws, never narrower than the weights can tell."""
-    size = draws.z.shape[1]
-    power = temper(draws.log_weights, _DRAWS_PER_DIMENSION * size)
-    flattened = power * draws.log_weights
-    ess = float(effective_sample_size(flattened))
-    mean, covariance = weighted_moments(draws.z, torch.softmax(flattened, 0))
-    shrinkage = size / (size + ess)
-    before = previous.scale_tril @ previous.scale_tril.T
-    covariance = (1.0 - shrinkage) * covariance + shrinkage * before
-    return StudentT(mean, torch.linalg.cholesky(covariance), previous.degrees_of_freedom)
-
-
 def _is_precise(draws: WeightedDraws, tolerance: float) -> bool:
     return float(torch.maximum(draws.mean_error, draws.sd_error).max()) <= tolerance
 
@@ -212,7 +285,7 @@ def _problems(draws: WeightedDraws, previous: WeightedDraws | None) -> list[str]
     if not draws.khat <= threshold:
         found.append(
             f"the weights' tail is too heavy (k-hat {draws.khat:.2f}, above {threshold:.2f}): the "
-            "posterior has a shape, or tails, that no Student-t covers"
+            "posterior has a shape, or tails, that the proposal does not cover"
         )
     if draws.ess < _MIN_ESS:
         found.append(
@@ -238,13 +311,7 @@ def _describe_errors(draws: WeightedDraws, tolerance: float) -> str:
     )
 
 
-def _check(
-    loc: Tensor,
-    covariance: Tensor,
-    tolerance: float,
-    max_evaluations: int,
-    degrees_of_freedom: float | None,
-) -> Tensor:
+def _check(loc: Tensor, covariance: Tensor, degrees_of_freedom: float | None) -> Tensor:
     """Cholesky factor of a covariance that fits.
 
     Raises:
@@ -255,10 +322,6 @@ def _check(
             f"expected loc of shape (D,) and covariance of shape (D, D); got {tuple(loc.shape)} "
             f"and {tuple(covariance.shape)}."
         )
-    if not tolerance > 0.0:
-        raise ValueError(f"tolerance must be positive; got {tolerance}.")
-    if max_evaluations < 1:
-        raise ValueError(f"max_evaluations must be at least 1; got {max_evaluations}.")
     if degrees_of_freedom is not None and not degrees_of_freedom > 2.0:
         raise ValueError(f"degrees_of_freedom must be above 2; got {degrees_of_freedom}.")
     factor: Tensor
