@@ -107,8 +107,8 @@ class ChainRun:
         loc: Where the optimum of the reverse KL is.
         metric: Covariance there.
         layout: Names of the latents.
-        scouts: Points reached from elsewhere, shape ``(K, D)``, where some of the chains start: if
-            there is another mode, those chains do not agree with the others.
+        scouts: Points reached from elsewhere, shape ``(K, D)``; a quarter of the chains start at
+            the farthest. If there is another mode, those do not agree with the others.
         num_chains: Number of chains.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
         generator: Source of randomness.
@@ -132,8 +132,9 @@ class ChainRun:
         report: Callable[[float], None],
     ) -> None:
         z = initialise(density, loc, metric, num_chains, generator=generator)
-        num_scouts = min(len(scouts), num_chains // 4)
-        z[num_chains - num_scouts :] = scouts[:num_scouts]
+        farthest = metric.whiten(scouts - loc).square().sum(-1).argsort(descending=True)
+        farthest = farthest[: num_chains // 4]
+        z[num_chains - len(farthest) :] = scouts[farthest]
         self._chains = ParallelHMC(density, z, metric, generator=generator)
         self._names = layout.element_names()
         self._max_error = max_error
