@@ -34,7 +34,7 @@ _NUM_SCOUTS = 32
 # Density values for importance sampling, and share of the rest of the budget for chains: what they
 # do not manage with that is for the next.
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
-_WIDE = 4.0  # sds of the reverse fit
+_WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
 _NUM_COMPARED = 4000  # draws among which scouts must find neighbours
 # Pareto index of the squares above which their variance is infinite, latents for which it is asked.
@@ -237,11 +237,14 @@ class PosteriorSampler:
             prior.sample(1, self.generator)
         except ModelError as error:
             self.notes.append(
-                f"{NAMES['smc']} started {_WIDE:.0f} times as wide as the reverse KL's fit and not "
-                f"from the prior ({error}), and finds no mode further away"
+                f"{NAMES['smc']} started {_WIDE:.0f} times as wide as the reverse KL's fit and the "
+                f"scouts, not from the prior ({error}), and finds no mode further away"
             )
-            scale = _WIDE * self.metric.scale
-            tril = scale if self.metric.is_dense else torch.diag(scale)
+            away = self._scouts - self.loc
+            spread = away.T @ away / max(len(away), 1)
+            covariance = self.metric.covariance
+            covariance = covariance if self.metric.is_dense else torch.diag(covariance)
+            tril = _WIDE * torch.linalg.cholesky(covariance + spread)
             return StudentT(self.loc, tril, 7.0)
         return prior
 
