@@ -130,14 +130,14 @@ def _fitted(
     components: Sequence[StudentT], shares: Tensor, z: Tensor, weights: Tensor, steps: int
 ) -> StudentMixture:
     """Steps of EM, and the component that stays apart."""
+    mean, covariance = weighted_moments(z, weights)
+    wide = StudentT(mean, torch.linalg.cholesky(covariance), _DEFENSIVE_DF)
     df, size = components[0].degrees_of_freedom, z.shape[1]
     for _ in range(steps):
         distance = torch.stack([c.whiten(z).square().sum(-1) for c in components])
         responsibilities = torch.softmax(_joint(components, shares, z), 0)
         nearness = (df + size) / (df + distance)
         components, shares = _updated(z, weights, responsibilities, nearness, df)
-    mean, covariance = weighted_moments(z, weights)
-    wide = StudentT(mean, torch.linalg.cholesky(covariance), _DEFENSIVE_DF)
     share = shares.new_tensor([_DEFENSIVE_SHARE])
     return StudentMixture(
         torch.cat([(1.0 - _DEFENSIVE_SHARE) * shares / shares.sum(), share]), [*components, wide]

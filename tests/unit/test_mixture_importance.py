@@ -83,7 +83,7 @@ def test_modes_come_out_more_precise_than_the_draws_that_show_them():
         product, start, generator=generator(), tolerance=0.01, reference=sample_of(rough)
     )
     assert draws.trusted, draws.problems
-    assert draws.num_evaluations <= 20_000
+    assert draws.num_evaluations <= 40_000
     assert ((draws.mean - MEAN).abs() / SD < 4.0 * draws.mean_error).all()
     assert ((draws.sd / SD).log().abs() < 4.0 * draws.sd_error).all()
     assert abs(draws.log_evidence) < 4.0 * draws.log_evidence_se
@@ -91,10 +91,10 @@ def test_modes_come_out_more_precise_than_the_draws_that_show_them():
 
 
 def test_stated_errors_are_the_spread_over_seeds():
-    # 30 seeds, three coordinates: a spread is known to about 9 %.
+    # 20 seeds, three coordinates: a spread is known to about 10 %.
     rough = draws_of_product(1000)
     start = fit_mixture(rough, torch.zeros(1000), generator=generator())
-    runs = [importance_from(product, start, generator=generator(s), tolerance=1) for s in range(30)]
+    runs = [importance_from(product, start, generator=generator(s), tolerance=1) for s in range(20)]
     spread = torch.stack([run.mean / SD for run in runs]).std(0).square().mean().sqrt()
     stated = torch.stack([run.mean_error for run in runs]).square().mean().sqrt()
     assert 1 / 1.4 < spread / stated < 1.4
@@ -123,7 +123,7 @@ def test_a_mode_that_the_draws_lack_shows_only_against_draws_that_have_it():
     )
     assert unaware.log_evidence < -0.05
     assert unaware.trusted
-    assert "they differ from the draws" in aware.problems[-1]
+    assert "lie where the proposal hardly goes" in aware.problems[-1]
 
 
 def test_draws_of_one_target_agree():
@@ -181,3 +181,9 @@ def test_bad_arguments():
         importance.importance_from(product, start, generator=generator(), tolerance=0.0)
     with pytest.raises(ValueError, match="max_evaluations must be at least 1"):
         importance.importance_from(product, start, generator=generator(), max_evaluations=0)
+
+
+def test_draws_too_rough_to_compare_with_are_no_proof():
+    draws = sample_of(draws_of_product(4000))
+    found = find_disagreement(draws, product, sample_of(draws_of_product(60), units=60))
+    assert "too rough" in found[-1]
