@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from pyro_mf._errors import ModelError
@@ -67,10 +67,10 @@ def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = F
     fast: SolverName = "moment_matching" if _is_forward(problem) else "deterministic"
     obstacle = _outside_model(problem) or _inside_model(problem)
     missing = None
-    if obstacle is None and not has_draws:
+    if obstacle is None:
         log_joint = problem.log_joint
         missing = describe_missing_gradient(log_joint) or describe_jump(log_joint)
-    if missing is not None:
+    if missing is not None and not has_draws:
         obstacle = f"the log density is not differentiable: {missing}"
         obstacle += "" if _is_forward(problem) else "; score gradients, slow"
     _set_up_guide(problem)
@@ -79,7 +79,8 @@ def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = F
     if solver not in ("auto", "stochastic", fast):
         obstacle = f"it is for objective={_OBJECTIVES[solver]}()"
     if obstacle is None and solver != "stochastic":
-        return _fast(problem, fast, has_draws=has_draws)
+        choice = _fast(problem, fast, has_draws=has_draws)
+        return replace(choice, needs_score=missing is not None)
     if has_draws:
         raise ValueError(
             "draws= is for moment matching (objective=ForwardKL()), which cannot serve: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_mf.convert import generations
 from pyro_mf.density import Layout, LogJoint
 
-_MIN_DRAWS = 100
+_MIN_DRAWS, _MIN_LENGTH = 100, 4
 
 
 def read_draws(draws: Any, log_joint: LogJoint) -> Tensor:
@@ -46,6 +46,11 @@ def read_draws(draws: Any, log_joint: LogJoint) -> Tensor:
     if len(set(counts.values())) > 1:
         raise ValueError(f"draws must be as many for every site; (chains, draws) are {counts}.")
     chains, length = next(iter(counts.values()))
+    if length < _MIN_LENGTH:
+        raise ValueError(
+            f"draws are {chains} chains of {length}; at least {_MIN_LENGTH} in a row are needed. "
+            "If they are independent, give them as one chain of shape (S, *shape)."
+        )
     if chains * length < _MIN_DRAWS:
         raise ValueError(
             f"draws are {chains * length}; at least {_MIN_DRAWS} are needed to know an sd to 10 %."
@@ -70,6 +75,12 @@ def read_draws(draws: Any, log_joint: LogJoint) -> Tensor:
             "some draws lie on the edge of their support, which is infinitely far out on the "
             "unconstrained axis. They were rounded: give them in double precision."
         )
+    constant = (z == z[0, 0]).all(0).all(0).nonzero().reshape(-1).tolist()
+    if constant:
+        raise ValueError(
+            f"all draws of '{layout.element_names()[constant[0]]}' are the same, so they are no "
+            "draws of a posterior. Look at that run first."
+        )
     return z
 
 
@@ -89,7 +100,10 @@ def _by_site(draws: Any, layout: Layout) -> Mapping[str, Any]:
     if isinstance(samples, Mapping):
         return samples
     if hasattr(draws, "get_samples"):  # Pyro's MCMC
-        return dict(draws.get_samples(group_by_chain=True))
+        try:
+            return dict(draws.get_samples(group_by_chain=True))
+        except (TypeError, AttributeError) as error:
+            raise ValueError("the MCMC has no draws: it has not run yet. Run it first.") from error
     raise TypeError(
         "draws must be a mapping from site names to tensors, a result of run_nuts, Pyro's MCMC "
         f"after its run, an InferenceData or a DataTree; got {type(draws).__name__}."
@@ -97,7 +111,13 @@ def _by_site(draws: Any, layout: Layout) -> Mapping[str, Any]:
 
 
 def _as_chains(name: str, values: Any, shape: torch.Size) -> Tensor:
-    x = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    try:
+        x = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"draws of '{name}' must be a tensor or an array of numbers; got "
+            f"{type(values).__name__}."
+        ) from error
     leading = x.dim() - len(shape)
     if leading not in (1, 2) or tuple(x.shape[leading:]) != tuple(shape):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pyro_mf.fitting.progress import with_error
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.objectives import ForwardKL
 
 if TYPE_CHECKING:
     from pyro_mf.fitting.result import FitResult
@@ -47,9 +48,9 @@ def report(result: FitResult) -> str:
         _line("cost", _cost(result)),
     ]
     forward = result.outcome.forward
-    if forward is None:
+    if forward is None and not isinstance(result.problem.objective, ForwardKL):
         lines.append(_line("linear response", _linear_response(result)))
-    else:
+    elif forward is not None:
         lines += [
             _line("EUBO", f"{with_error(forward.eubo, forward.eubo_se)} nats"),
             _line("log evidence", _evidence(forward)),

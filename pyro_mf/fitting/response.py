@@ -22,12 +22,17 @@ from pyro_mf.density.blocks import Blocks
 from pyro_mf.families import Normal
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.objectives import ForwardKL
 from pyro_mf.solvers.draws import fixed_draws
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO, estimate_from
 from pyro_mf.solvers.linear_response import LinearResponse, linear_response, response_of
 from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.outcome import Outcome
 
+_FORWARD = (
+    "it widens the factors of a fit by reverse KL; those of a fit by forward KL are as wide as the "
+    "posterior's marginals"
+)
 _HESSIAN_DRAWS, _DRAWS, _COSTLY_DRAWS = 64, 512, 128
 
 
@@ -64,6 +69,8 @@ def respond(problem: Problem, outcome: Outcome, *, seed: int) -> Response:
         outcome: What the solver reported.
         seed: Seed of the draws.
     """
+    if isinstance(problem.objective, ForwardKL):
+        return Response(None, _FORWARD)
     if outcome.refusal:
         return Response(None, outcome.refusal)
     if outcome.response is None and not outcome.converged:

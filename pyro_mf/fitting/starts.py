@@ -54,7 +54,13 @@ def solve(
         outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
     elif choice.solver == "moment_matching" and given is not None:
         outcome = fit_given(
-            problem.log_joint, guide, given, seed=seed, tolerance=limits.tolerance, report=report
+            problem.log_joint,
+            guide,
+            given,
+            seed=seed,
+            tolerance=limits.tolerance,
+            has_gradient=not choice.needs_score,
+            report=report,
         )
     elif choice.solver == "moment_matching":
         outcome = solve_moments(

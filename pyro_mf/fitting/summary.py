@@ -57,7 +57,8 @@ class Factors:
         """Moments of one site in the model's space; ``None`` unless mapped by element."""
         if not _is_elementwise(site):
             return None
-        params = tuple(p[site.start : site.stop] for p in self.params)
+        # In double precision, in which the tail of a wide factor does not overflow.
+        params = tuple(p[site.start : site.stop].double() for p in self.params)
         if isinstance(self.family, Normal):
             x, w = np.polynomial.hermite_e.hermegauss(_NODES)
             noise, weights = torch.as_tensor(x), torch.as_tensor(w / w.sum())

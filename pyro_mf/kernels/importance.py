@@ -179,7 +179,8 @@ def importance_from(
                 rounds.keep_last()
                 is_adapting, previous = False, None
         draws = rounds.weighted()
-        enough = _is_precise(draws, tolerance) and len(rounds.proposals) >= _MIN_ROUNDS
+        is_precise = _is_precise(draws, tolerance)
+        enough = is_precise and len(rounds.proposals) >= _MIN_ROUNDS
         problems = _problems(draws, previous)
         spent = rounds.num_evaluations + _NETS * NET_SIZE > max_evaluations
         if (enough and not problems) or spent:
@@ -187,8 +188,13 @@ def importance_from(
         previous = draws
         if is_adapting:
             proposal = proposal.matched(draws.z, draws.log_weights)
-    if not enough:
+    if not is_precise:
         problems.append(_describe_errors(draws, tolerance))
+    elif not enough:
+        problems.append(
+            f"the budget was spent after {len(rounds.proposals)} of at least {_MIN_ROUNDS} rounds, "
+            "so that it is not known whether another would change the result"
+        )
     if reference is not None:
         problems += find_disagreement(draws, rounds.log_prob, reference)
     return rounds.weighted(tuple(problems))

@@ -28,6 +28,7 @@ NAMES = ("hmc", "imh", "msc", "snis", "smc", "prior")
 
 # Chains are kept for this many combinations of model, guide and data.
 _MAX_PAIRS = 8
+_CHANGES = 3  # sets of data from which on somebody is warned
 
 
 class ForwardKL(ELBO):
@@ -56,7 +57,7 @@ class ForwardKL(ELBO):
         estimator: The estimator asked for; ``diagnostics.estimator`` is the one in use.
 
     Raises:
-        TypeError: If ``num_particles`` is no integer.
+        TypeError: If ``num_particles`` is no integer, or ``defensive`` no number.
         ValueError: If an argument is out of range or unknown.
 
     Example:
@@ -93,6 +94,8 @@ class ForwardKL(ELBO):
             raise TypeError(f"num_particles must be an integer; got {num_particles!r}.")
         if num_particles < 2:
             raise ValueError(f"num_particles must be at least 2; got {num_particles}.")
+        if isinstance(defensive, bool) or not isinstance(defensive, int | float):
+            raise TypeError(f"defensive must be a number; got {defensive!r}.")
         if not 0.0 <= defensive < 1.0:
             raise ValueError(f"defensive must be a share from 0 to below 1; got {defensive!r}.")
         super().__init__(  # type: ignore[no-untyped-call]
@@ -111,6 +114,11 @@ class ForwardKL(ELBO):
     def diagnostics(self) -> ForwardDiagnostics | None:
         """How the last step's draws were made and how good they are; ``None`` before the first."""
         return self._pairs[-1].diagnostics() if self._pairs else None
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with the last step's draws, in words; ``None`` where nothing is known."""
+        return self._pairs[-1].fault() if self._pairs else None
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Estimate the cross-entropy in nats, without gradients; chains stay where they are."""
@@ -167,8 +175,19 @@ class ForwardKL(ELBO):
                 f"the saved chains are {state['num_particles']} at a time, this objective has "
                 f"num_particles={self.num_particles}. Make it with the same number."
             )
+        chains, generator = state["chains"], state["generator"]
+        parts = {"estimator", "key", "num_steps", "state"}
+        if (
+            not isinstance(chains, list)
+            or not all(isinstance(c, Mapping) and parts <= set(c) for c in chains)
+            or not (generator is None or isinstance(generator, Tensor))
+        ):
+            raise CheckpointError(
+                "the state lacks a part of what ForwardKL.state_dict() returned, or has something "
+                "else in its place. Save it again."
+            )
         self._pairs = []
-        self._saved = list(state["chains"])
+        self._saved = list(chains)
         self._generator = None
         if state["generator"] is not None:
             self._generator = torch.Generator()
@@ -220,8 +239,7 @@ class ForwardKL(ELBO):
         for state in self._saved:
             if state["estimator"] == choice.name and state["key"] == pair.key:
                 self._saved.remove(state)
-                if pair.is_same_density(state):
-                    pair.load_state_dict(state)
+                if _has_been_loaded(pair, state):
                     generator.set_state(before)  # the start of new chains was for nothing
                 else:
                     warnings.warn(
@@ -234,12 +252,12 @@ class ForwardKL(ELBO):
         return pair
 
     def _warn_of_changing_data(self) -> None:
-        if self._num_restarts == _MAX_PAIRS + 1 and self._num_restarts > self._num_calls / 2:
+        if self._num_restarts == _CHANGES and self._num_restarts > self._num_calls / 2:
             warnings.warn(
-                f"the data changed at {self._num_restarts} of {self._num_calls} steps, and chains "
-                "start anew for each set of data: that is slow, and their first draws are not yet "
-                "from the posterior. For data that change use estimator='snis', or 'prior' for an "
-                "amortised guide.",
+                f"the data changed at {self._num_restarts} of {self._num_calls} steps. Each set of "
+                "data has a posterior and chains of its own, and the guide is fitted to all in "
+                "turn: with minibatches to something wider than the posterior of all data. Give "
+                "all data at once; or use estimator='prior' for an amortised guide.",
                 EstimatorWarning,
                 stacklevel=2,
             )
@@ -254,6 +272,24 @@ class ForwardKL(ELBO):
         raise NotImplementedError(
             "ForwardKL does not hand out traces; use loss, loss_and_grads or differentiable_loss."
         )
+
+
+def _has_been_loaded(pair: FlatPair, state: Mapping[str, Any]) -> bool:
+    """Load saved chains, unless they are those of another density.
+
+    Raises:
+        CheckpointError: If they are no chains.
+    """
+    try:
+        if not pair.is_same_density(state):
+            return False
+        pair.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the saved chains lack a part, or have something else in its place ({error}). Save "
+            "them again."
+        ) from error
+    return True
 
 
 def _check_name(estimator: str | None) -> str | None:

@@ -62,6 +62,10 @@ class Pair(Protocol):
         """How good the last draws are."""
         ...
 
+    def fault(self) -> str | None:
+        """What is wrong with the last draws, in words; ``None`` where nothing is known."""
+        ...
+
     def state_dict(self) -> dict[str, Any] | None:
         """What the next steps depend on; ``None`` where they depend on nothing before."""
         ...
@@ -132,10 +136,15 @@ class FlatPair:
     def _look(self, draws: Any) -> None:
         self._watch.see(draws, is_chain=self._watch.name in {"hmc", "imh"})
         if self._watch.is_time_to_look:
-            fault = self._watch.fault(self.diagnostics())
+            fault = self.fault()
             if fault is not None:
-                advice = _ADVICE.get(self._watch.name, "")
-                warnings.warn(f"{fault}. {advice}", EstimatorWarning, stacklevel=2)
+                self._watch.has_warned = True
+                warnings.warn(fault, EstimatorWarning, stacklevel=2)
+
+    def fault(self) -> str | None:
+        """See :class:`Pair`."""
+        found = self._watch.fault(self.diagnostics())
+        return None if found is None else f"{found}. {_ADVICE.get(self._watch.name, '')}".strip()
 
     def diagnostics(self) -> ForwardDiagnostics:
         """See :class:`Pair`."""
@@ -220,6 +229,10 @@ class TracedPair:
             log_weights=None,
             counts=(self._runs.num_evaluations, 0),
         )
+
+    def fault(self) -> str | None:
+        """See :class:`Pair`."""
+        return self._watch.fault(self.diagnostics())
 
     def state_dict(self) -> None:
         """See :class:`Pair`."""

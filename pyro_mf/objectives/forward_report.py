@@ -56,6 +56,9 @@ class Watch:
     Args:
         name: The estimator's name.
         reason: Why it is in use.
+
+    Attributes:
+        has_warned: Whether somebody was warned of a fault already.
     """
 
     def __init__(self, name: str, reason: str) -> None:
@@ -65,7 +68,7 @@ class Watch:
         self._states: deque[Tensor] = deque(maxlen=_MAX_STEPS)
         self._ess = float("nan")
         self._mean_ess = float("nan")
-        self._has_warned = False
+        self.has_warned = False
 
     def see(self, draws: Draws, *, is_chain: bool) -> None:
         """Take note of one step's draws.
@@ -122,7 +125,7 @@ class Watch:
     @property
     def is_time_to_look(self) -> bool:
         """Whether this step's draws are to be judged: seldom, and until a warning was given."""
-        return self.num_steps in _LOOKS and not self._has_warned
+        return self.num_steps in _LOOKS and not self.has_warned
 
     def fault(self, found: ForwardDiagnostics) -> str | None:
         """What is wrong with the draws, in words; ``None`` where nothing is."""
@@ -145,5 +148,4 @@ class Watch:
                 f"{self._mean_ess:.1f} (below {_MIN_ESS}), so the fit is narrower than forward "
                 "KL's optimum"
             )
-        self._has_warned = text is not None
         return text

@@ -71,9 +71,9 @@ class ChainDraws:
                 f"the chains do not agree (R-hat {mixed.worst_rhat:.2f} of '{names[index]}', above "
                 f"{_MAX_RHAT})"
             )
-        idle = int((self.z == self.z[0]).all(0).all(-1).sum())
+        idle = int((self.z == self.z[0]).all(0).any(-1).sum())
         if idle:
-            found.append(f"{idle} of {self.z.shape[1]} chains never move")
+            found.append(f"{idle} of {self.z.shape[1]} chains never move in some latent")
         return tuple(found)
 
     def freeze(
@@ -160,8 +160,9 @@ class ChainRun:
             if rhat > _HOPELESS_RHAT and tunings > 1:
                 return
             if tunings < _NUM_TUNINGS:
-                self._chains.warm_up(_WARM_UP)
+                self._chains.warm_up(_WARM_UP)  # if it is cut short, there are the draws so far
                 self._kept, tunings = _Kept(), tunings + 1
+                self._kept.add(self._chains)
 
     @property
     def is_healthy(self) -> bool:

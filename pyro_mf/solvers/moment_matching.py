@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -34,11 +35,10 @@ from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
 # Standard errors that fit into the tolerance: so large is the largest of thousands of errors.
 _Z = 4.0
 _NUM_FRESH = 2048
+_ROUNDING = 1e-3  # of the log evidence, in nats and relative
+# Given draws at which the gradient is computed, and chance that good ones are taken for foreign.
+_NUM_GRADIENTS, _FALSE_ALARM = 4000, 1e-4
 _START_TOLERANCE = 0.3  # of the reverse fit, which is only where the draws start
-_REFUSAL = (
-    "it widens the factors of a fit by reverse KL; those of a fit by forward KL are as wide as the "
-    "posterior's marginals"
-)
 
 
 def solve_moments(
@@ -77,7 +77,7 @@ def solve_moments(
     start, loc, scale, seconds = _start(log_joint, guide, seed, max_gradients, report)
     if start.stop_reason in ("diverged", "interrupted"):
         message = f"the reverse KL's fit, where draws would start, ended: {start.message}"
-        return replace(start, message=message, refusal=_REFUSAL, response=None)
+        return replace(start, message=message, response=None)
     sampler = PosteriorSampler(
         Blocks(log_joint),
         loc,
@@ -99,7 +99,6 @@ def solve_moments(
             num_gradients=num_gradients,
             seconds=seconds,
             notes=(*start.notes, *sampler.notes),
-            refusal=_REFUSAL,
             response=None,
         )
     found = _fit(
@@ -110,16 +109,18 @@ def solve_moments(
         start_elbo=Estimate(start.elbo, start.elbo_se),
         gaussian=(loc, torch.diag(scale) if scale.dim() == 1 else scale),
     )
-    draws = drawn[1]
-    if sampler.ending == "converged":
+    draws, disorder = drawn[1], _describe_disorder(found)
+    ending = "budget" if disorder and sampler.ending == "converged" else sampler.ending
+    if ending == "converged":
         message = _describe(draws)
     elif sampler.ending == "interrupted":
         message = f"interrupted by the user; fitted to {NAMES[draws.source]} so far"
     else:
-        message = f"fitted to {NAMES[draws.source]}, but {'; and '.join(draws.problems)}"
+        problems = (*draws.problems, *disorder)
+        message = f"fitted to {NAMES[draws.source]}, but {'; and '.join(problems)}"
     return replace(
         found,
-        stop_reason=sampler.ending,
+        stop_reason=ending,
         message=message,
         num_gradients=num_gradients,
         seconds=seconds | found.seconds,
@@ -134,6 +135,7 @@ def fit_given(
     *,
     seed: int = 0,
     tolerance: float = 0.1,
+    has_gradient: bool = True,
     report: Report = silent,
 ) -> Outcome:
     """Fit each factor to draws of the posterior that are there already.
@@ -145,6 +147,8 @@ def fit_given(
         seed: Seed of the draws for the ELBO.
         tolerance: Standard error of means, in posterior sds, and of sds, relative, from which on
             the draws are too few.
+        has_gradient: Whether the log density has a gradient, by which draws of another posterior
+            are told.
         report: Called with the progress.
     """
     began = time.perf_counter()
@@ -156,6 +160,8 @@ def fit_given(
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         problems += (f"the model has no finite density at {bad} of {len(values)} draws",)
+    if has_gradient and not bad:
+        problems += _describe_foreign(log_joint, chains)
     if chains.largest_error > tolerance:  # there are no more of them, so no less is asked
         problems += (
             f"the largest standard error of a mean or sd is {chains.largest_error:.3f} sds, above "
@@ -164,6 +170,7 @@ def fit_given(
     draws = chains.freeze("given", problems, {"num_chains": float(len(z))})
     seconds = {"draw": time.perf_counter() - began}
     found = _fit(log_joint, guide, chains, draws, seed=seed)
+    problems += _describe_disorder(found)
     return replace(
         found,
         stop_reason="budget" if problems else "converged",
@@ -171,6 +178,30 @@ def fit_given(
         if problems
         else _describe(draws),
         seconds=seconds | found.seconds,
+    )
+
+
+def _describe_foreign(log_joint: LogJoint, chains: ChainDraws) -> tuple[str, ...]:
+    r"""Whether draws are those of another density, by Stein's identities.
+
+    Over draws of the posterior the gradient g of its log density averages to zero, and
+    :math:`(z_i - m_i) g_i` to -1 whatever m is.
+    """
+    stride = math.ceil(chains.log_density.numel() / _NUM_GRADIENTS)
+    z = chains.z[::stride] if len(chains.z) // stride >= 4 else chains.z
+    rows = z.flatten(0, 1)
+    gradients = Blocks(log_joint).value_and_grad(rows)[1]
+    terms = torch.cat([gradients, (rows - rows.mean(0)) * gradients + 1.0], 1)
+    means, errors = ChainDraws(z, z[..., 0]).expectation(terms)
+    scores = (means / errors.clamp_min(torch.finfo(z.dtype).tiny)).abs()
+    allowed = -NormalDist().inv_cdf(_FALSE_ALARM / (2 * len(scores)))
+    if float(scores.max()) <= allowed:
+        return ()
+    name = log_joint.layout.element_names()[int(scores.argmax()) % rows.shape[1]]
+    return (
+        f"they are not draws of this posterior: along '{name}' an average that is zero over its "
+        f"draws is {float(scores.max()):.1f} standard errors off (by chance up to {allowed:.1f}). "
+        "Were they drawn from this model with these data?",
     )
 
 
@@ -253,8 +284,20 @@ def _fit(
         losses=(),
         num_gradients=0,
         seconds=seconds,
-        refusal=_REFUSAL,
         forward=Forward(draws, *own_eubo, bounds_from(elbos, eubos)),
+    )
+
+
+def _describe_disorder(outcome: Outcome) -> tuple[str, ...]:
+    """Whether a lower bound on the evidence is above an upper one by more than their errors."""
+    if outcome.forward is None:
+        return ()
+    lower, lower_se, upper, upper_se = outcome.forward.bounds
+    if not lower - upper > _Z * math.hypot(lower_se, upper_se) + _ROUNDING * (1.0 + abs(upper)):
+        return ()
+    return (
+        f"the lower bound on the log evidence ({lower:.3f}) is above the upper one ({upper:.3f}): "
+        "the draws miss a part of the posterior, or are of another",
     )
 
 

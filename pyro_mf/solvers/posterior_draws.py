@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_mf.weights import normalize
 
-Source: TypeAlias = Literal["importance", "hmc", "smc", "given"]
-"""Adaptive importance sampling, parallel HMC chains, tempered SMC, or draws that were given."""
+Source: TypeAlias = Literal["importance", "hmc", "smc", "mixture", "given"]
+"""Adaptive importance sampling, parallel HMC chains, tempered SMC, importance sampling from a
+mixture that was fitted to tempered draws, or draws that were given."""
 
 
 class Expectations(Protocol):

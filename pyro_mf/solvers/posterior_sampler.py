@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -14,7 +15,8 @@ from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.prior import Prior
 from pyro_mf.kernels import Metric
 from pyro_mf.kernels.annealing import Base
-from pyro_mf.kernels.importance import adaptive_importance
+from pyro_mf.kernels.importance import adaptive_importance, importance_from
+from pyro_mf.kernels.mixture import fit_mixture
 from pyro_mf.kernels.student_t import StudentT
 from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.kernels.weighted import WeightedDraws
@@ -23,7 +25,7 @@ from pyro_mf.solvers.meter import BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
 from pyro_mf.solvers.scouts import count_astray, send_scouts
-from pyro_mf.weights import psis
+from pyro_mf.solvers.tails import describe_tails
 
 # Latents up to which importance sampling is tried first.
 _MAX_IMPORTANCE = 25
@@ -37,12 +39,13 @@ _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
 _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
 _NUM_COMPARED = 4000  # draws among which scouts must find neighbours
-# Pareto index of the squares above which their variance is infinite, latents for which it is asked.
-_MAX_TAIL, _NUM_TAILS = 0.5, 8
+# Standard error of means and sds at which tempered draws are good enough to start a mixture from.
+_ROUGH_ERROR = 0.1
 NAMES: dict[Source, str] = {
     "importance": "adaptive importance sampling",
     "hmc": "parallel HMC chains",
     "smc": "tempered sequential Monte Carlo",
+    "mixture": "importance sampling from a mixture",
     "given": "the draws given",
 }
 
@@ -90,6 +93,7 @@ class PosteriorSampler:
         self._error = math.nan
         self._scouts = loc.new_zeros(0, len(loc))
         self._found: list[Drawn] = []
+        self._rough: WeightedDraws | None = None
 
     @property
     def num_gradients(self) -> int:
@@ -113,6 +117,7 @@ class PosteriorSampler:
                 self.metric,
                 num=_NUM_SCOUTS,
                 generator=self.generator,
+                prior=self._prior,
             )
             methods = self._methods(method)
             while methods:
@@ -120,6 +125,8 @@ class PosteriorSampler:
                 found = self._by(name, is_last=not methods)
                 self._keep(found)
                 if found is not None and not self._found[-1][1].problems:
+                    break
+                if name == "smc" and self._rough is None:
                     break
         except BudgetSpentError:
             self.ending = "budget"
@@ -139,14 +146,19 @@ class PosteriorSampler:
         size = len(self.loc)
         if size > _MAX_TEMPERED:
             return ["hmc"]
-        return ["importance", "hmc", "smc"] if size <= _MAX_IMPORTANCE else ["hmc", "smc"]
+        if size > _MAX_IMPORTANCE:
+            return ["hmc", "smc"]
+        # Tempered draws that are good enough to start a mixture; else as many as there can be.
+        return ["importance", "hmc", "smc", "mixture", "smc"]
 
     def _by(self, name: Source, *, is_last: bool) -> Drawn | None:
         if name == "importance":
             return self._by_importance()
         if name == "hmc":
             return self._by_chains(is_last=is_last)
-        return self._by_tempering()
+        if name == "mixture":
+            return self._by_mixture()
+        return self._by_tempering(is_rough=not is_last)
 
     def _by_importance(self) -> Drawn | None:
         budget = _ROWS * (self.max_gradients - self.num_gradients)
@@ -163,12 +175,7 @@ class PosteriorSampler:
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['importance']} failed: {error}")
             return None
-        numbers = {
-            "khat": drawn.khat,
-            "log_evidence": drawn.log_evidence,
-            "log_evidence_se": drawn.log_evidence_se,
-        }
-        found = drawn, _freeze("importance", drawn, drawn.problems, numbers)
+        found = drawn, _freeze("importance", drawn, drawn.problems, _numbers(drawn))
         if drawn.problems:  # weights that only a few draws have may know of something, too
             self._scouts = torch.cat([self._scouts, found[1].sample(_NUM_WEIGHTY, seed=0)])
         return found
@@ -209,7 +216,7 @@ class PosteriorSampler:
         if found is not None:
             self._found.append((found[0], self._checked(found[1])))
 
-    def _by_tempering(self) -> Drawn | None:
+    def _by_tempering(self, *, is_rough: bool) -> Drawn | None:
         left = self.max_gradients - self.num_gradients
         self._limit = 2 * self.max_gradients  # it keeps to a budget of its own, about
         try:
@@ -217,7 +224,7 @@ class PosteriorSampler:
                 self._density,
                 self._base(),
                 generator=self.generator,
-                tolerance=self.max_error,
+                tolerance=max(_ROUGH_ERROR, self.max_error) if is_rough else self.max_error,
                 max_evaluations=max(_ROWS, _ROWS * left),
             )
         except NonFiniteError as error:
@@ -225,28 +232,60 @@ class PosteriorSampler:
             return None
         numbers = {
             "num_runs": float(len(drawn.run_log_evidence)),
-            "num_temperatures": max(map(len, drawn.temperatures)),
+            "num_temperatures": float(max(map(len, drawn.temperatures))),
             "acceptance": min(min(run) for run in drawn.acceptance),
         }
-        return drawn, _freeze("smc", drawn, drawn.problems, numbers)
+        problems = drawn.problems
+        self._rough = drawn if is_rough and not problems else None
+        largest = float(torch.maximum(drawn.mean_error, drawn.sd_error).max())
+        if not problems and largest > self.max_error:
+            problems = (f"the largest standard error of a mean or sd is {largest:.3f}",)
+        return drawn, _freeze("smc", drawn, problems, numbers)
 
-    def _base(self) -> Base:
-        """Where tempering starts: the prior, which reaches all modes, if it can be drawn from."""
+    def _by_mixture(self) -> Drawn | None:
+        """Importance sampling from a mixture fitted to the tempered draws."""
+        rough = self._rough
+        if rough is None:
+            return None
+        try:
+            drawn = importance_from(
+                self._values,
+                fit_mixture(rough.z, rough.log_weights, generator=self.generator),
+                generator=self.generator,
+                tolerance=self.max_error,
+                max_evaluations=_MAX_VALUES,
+                reference=rough,
+            )
+        except (NonFiniteError, ValueError) as error:
+            self.notes.append(f"{NAMES['mixture']} failed: {error}")
+            return None
+        return drawn, _freeze("mixture", drawn, drawn.problems, _numbers(drawn))
+
+    @cached_property
+    def _prior(self) -> Prior | None:
+        """The prior, if it can be drawn from."""
         try:
             prior = Prior(self.blocks.log_joint)
             prior.sample(1, self.generator)
         except ModelError as error:
-            self.notes.append(
-                f"{NAMES['smc']} started {_WIDE:.0f} times as wide as the reverse KL's fit and the "
-                f"scouts, not from the prior ({error}), and finds no mode further away"
-            )
-            away = self._scouts - self.loc
-            spread = away.T @ away / max(len(away), 1)
-            covariance = self.metric.covariance
-            covariance = covariance if self.metric.is_dense else torch.diag(covariance)
-            tril = _WIDE * torch.linalg.cholesky(covariance + spread)
-            return StudentT(self.loc, tril, 7.0)
+            self._no_prior = str(error)
+            return None
         return prior
+
+    def _base(self) -> Base:
+        """Where tempering starts: the prior, which reaches all modes, if it can be drawn from."""
+        if self._prior is not None:
+            return self._prior
+        self.notes.append(
+            f"{NAMES['smc']} started {_WIDE:.0f} times as wide as the reverse KL's fit and the "
+            f"scouts, not from the prior ({self._no_prior}), and finds no mode further away"
+        )
+        away = self._scouts - self.loc
+        spread = away.T @ away / max(len(away), 1)
+        covariance = self.metric.covariance
+        covariance = covariance if self.metric.is_dense else torch.diag(covariance)
+        tril = _WIDE * torch.linalg.cholesky(covariance + spread)
+        return StudentT(self.loc, tril, 7.0)
 
     def _checked(self, draws: PosteriorDraws) -> PosteriorDraws:
         """With what the scouts and the tails say against the draws."""
@@ -257,13 +296,8 @@ class PosteriorSampler:
                 f"{astray} of {len(self._scouts)} climbs from elsewhere ended where none of the "
                 "draws is: there is another mode, or a long bend"
             )
-        worst, khat = _heaviest_tail(draws)
-        if khat > _MAX_TAIL:
-            name = self.blocks.log_joint.layout.element_names()[worst]
-            problems.append(
-                f"the tails of '{name}' are so heavy (k-hat {khat:.2f} of its squares, above "
-                f"{_MAX_TAIL}) that the error of its sd cannot be told from draws"
-            )
+        names = self.blocks.log_joint.layout.element_names()
+        problems += describe_tails(self.blocks.values, draws, names)
         return replace(draws, problems=tuple(problems))
 
     def _say_what_failed(self) -> None:
@@ -296,23 +330,19 @@ class PosteriorSampler:
         self.report(Progress(self._phase, self.num_gradients, math.nan, math.nan))
 
 
-def _heaviest_tail(draws: PosteriorDraws) -> tuple[int, float]:
-    """The latent whose squares have the heaviest tail under the weights, and its k-hat."""
-    standard = (draws.z - draws.mean) / draws.sd
-    fourth = draws.weights @ standard.pow(4)
-    found = (0, -math.inf)
-    for index in fourth.topk(min(_NUM_TAILS, len(fourth))).indices.tolist():
-        squares = standard[:, index].square().clamp_min(torch.finfo(standard.dtype).tiny)
-        khat = psis(draws.log_weights + squares.log()).khat
-        found = max(found, (index, khat), key=lambda pair: pair[1])
-    return found
+def _numbers(drawn: WeightedDraws) -> dict[str, float]:
+    return {
+        "khat": drawn.khat,
+        "log_evidence": drawn.log_evidence,
+        "log_evidence_se": drawn.log_evidence_se,
+    }
 
 
 def _rank(drawn: Drawn) -> tuple[bool, bool, float]:
     """Order from best to worst: weights that are not to be trusted know their own error least."""
     draws = drawn[1]
     failed = len(draws.problems) > 0
-    return failed, failed and draws.source == "importance", draws.largest_error
+    return failed, failed and draws.source in ("importance", "mixture"), draws.largest_error
 
 
 def _freeze(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pyro_mf._errors import NonFiniteError
 from pyro_mf.density.blocks import Evaluate
+from pyro_mf.density.prior import Prior
 from pyro_mf.kernels import Metric, ParallelHMC
 
-_BOX = 2.0  # half the side of the box that half of them start in, as in Stan
+_BOX = 2.0  # half the side of the box that a quarter of them start in, as in Stan
 _SPREADS = (3.0, 10.0, 30.0)  # sds from the optimum at which the other half start
 _MAX_STEPS = 150
 _TYPICAL_SDS = 3.0  # by which a typical draw's log density may lie below the average
@@ -34,6 +35,7 @@ def send_scouts(
     *,
     num: int,
     generator: torch.Generator,
+    prior: Prior | None = None,
 ) -> Tensor:
     """Points of the posterior that were reached from dispersed starts.
 
@@ -43,6 +45,7 @@ def send_scouts(
         metric: Covariance there, in whose unit the climb is.
         num: Number of scouts sent.
         generator: Source of randomness.
+        prior: Where a quarter of them start, if it can be drawn from.
 
     Returns:
         Where those are that arrived, shape ``(K, D)`` with K from 0 to ``num``.
@@ -56,9 +59,12 @@ def send_scouts(
     if len(typical) < 2:
         return loc.new_zeros(0, len(loc))
     level = float(typical.mean() - _TYPICAL_SDS * typical.std())
-    in_box = _BOX * (2.0 * torch.rand(num, len(loc), generator=generator, dtype=loc.dtype) - 1.0)
+    uniform = torch.rand(num // 2, len(loc), generator=generator, dtype=loc.dtype)
+    starts = _BOX * (2.0 * uniform - 1.0)
+    if prior is not None:
+        starts[::2] = prior.sample(len(starts[::2]), generator)
     spread = loc.new_tensor(_SPREADS).repeat(num)[: num // 2, None]
-    starts = torch.cat([in_box[::2], loc + spread * metric.unwhiten(noise(num // 2))])
+    starts = torch.cat([starts, loc + spread * metric.unwhiten(noise(num // 2))])
     z, values = _climb(density, starts, metric, level)
     lowest = level - _LOWER - _LOWER_EACH * len(loc)
     z = z[values >= lowest]

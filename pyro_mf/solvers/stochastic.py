@@ -116,6 +116,8 @@ def solve_stochastic(
         leaves.clear_gradient()
         optimised = time.perf_counter()
         if isinstance(objective, ForwardKL):  # whose loss is no bound on the evidence
+            if reason == "converged" and objective.fault is not None:
+                reason, message = "budget", f"{message} But {objective.fault}"
             loss = replace(loss, objective=ReverseKL())
         elbo, elbo_se = _evaluate(loss)
     return Outcome(

@@ -141,7 +141,7 @@ class TestResult:
 
     def test_draws_convert(self, result):
         data = result.to_arviz(draws=True)
-        assert data["posterior"]["loc"].shape == (4, 1000)
+        assert data["posterior"]["loc"].shape[0] == (4 if result.draws.source != "hmc" else 64)
         assert "log_likelihood" in list(
             data.children if hasattr(data, "children") else data.groups()
         )
@@ -175,13 +175,30 @@ class TestResult:
 
 def test_draws_of_ones_own_are_the_optimum():
     guide = AutoMeanField(normal)
-    draws = {"loc": torch.randn(4000), "scale": torch.randn(4000).exp()}
+    draws = fit(normal, (X,), objective=ForwardKL()).sample(4000, draws=True)
     own = fit(normal, (X,), guide=guide, objective=ForwardKL(), draws=draws)
     loc, scale = (p.detach() for p in guide.flat_params())
     assert own.guide is guide
     assert own.draws.source == "given"
     assert torch.allclose(loc, torch.stack([draws["loc"].mean(), draws["scale"].log().mean()]))
     assert torch.allclose(scale[0], draws["loc"].std(correction=0))
+
+
+def test_draws_of_another_posterior_are_told():
+    draws = {"loc": torch.randn(4000), "scale": torch.randn(4000).exp()}
+    with pytest.warns(ConvergenceWarning, match="they are not draws of this posterior"):
+        fit(normal, (X,), objective=ForwardKL(), draws=draws)
+
+
+def test_a_stochastic_fit_to_bad_draws_has_not_converged(monkeypatch):
+    def prior():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    options = {"objective": ForwardKL(16, estimator="snis"), "tolerance": 0.5}
+    assert fit(prior, **options).converged
+    monkeypatch.setattr(ForwardKL, "fault", "the weights are too uneven")
+    with pytest.warns(ConvergenceWarning, match="But the weights are too uneven"):
+        assert fit(prior, **options).stop_reason == "budget"
 
 
 def test_what_did_not_converge_warns():

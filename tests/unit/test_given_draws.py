@@ -77,6 +77,30 @@ def test_what_does_not_fit_is_refused(log_joint, change, words):
         read_draws(given, log_joint)
 
 
+def test_draws_that_are_all_the_same_are_refused(log_joint):
+    with pytest.raises(ValueError, match=r"all draws of 'x\[1\]' are the same"):
+        read_draws(
+            draws() | {"x": torch.randn(2, 100, 3) * torch.tensor([1.0, 0.0, 1.0])}, log_joint
+        )
+
+
+@pytest.mark.parametrize("values", ["abc", [None] * 100])
+def test_what_is_no_array_is_refused(log_joint, values):
+    with pytest.raises(TypeError, match="'x' must be a tensor or an array of numbers"):
+        read_draws(draws() | {"x": values}, log_joint)
+
+
+def test_chains_that_are_too_short_are_refused(log_joint):
+    with pytest.raises(ValueError, match="100 chains of 3; at least 4 in a row"):
+        read_draws(draws(100, 3), log_joint)
+
+
+def test_a_sampler_that_has_not_run_is_refused(log_joint):
+    mcmc = pyro.infer.MCMC(pyro.infer.NUTS(model), num_samples=100)
+    with pytest.raises(ValueError, match="has not run yet"):
+        read_draws(mcmc, log_joint)
+
+
 def test_too_few_draws_are_refused(log_joint):
     with pytest.raises(ValueError, match="draws are 99; at least 100"):
         read_draws(draws(1, 99), log_joint)

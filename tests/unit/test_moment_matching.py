@@ -184,6 +184,10 @@ class TestGivenDraws:
         z[3] = z[3, 0]
         outcome, *_ = self.fit(z)
         assert "1 of 64 chains never move" in outcome.message
+        z = self.given(chains=64)
+        z[3, :, 1] = 0.0  # in one latent alone
+        outcome, *_ = self.fit(z)
+        assert "1 of 64 chains never move" in outcome.message
 
     def test_draws_of_another_model_are_seen(self):
         def half():
