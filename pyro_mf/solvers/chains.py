@@ -160,9 +160,10 @@ class ChainRun:
             if rhat > _HOPELESS_RHAT and tunings > 1:
                 return
             if tunings < _NUM_TUNINGS:
-                self._chains.warm_up(_WARM_UP)  # if it is cut short, there are the draws so far
-                self._kept, tunings = _Kept(), tunings + 1
-                self._kept.add(self._chains)
+                self._chains.warm_up(_WARM_UP)
+                anew = _Kept()
+                anew.add(self._chains)  # cut short before, there are the draws so far
+                self._kept, tunings = anew, tunings + 1
 
     @property
     def is_healthy(self) -> bool:

@@ -48,7 +48,7 @@ def solve_moments(
     method: Source | None = None,
     seed: int = 0,
     tolerance: float = 0.1,
-    max_gradients: int = 15_000,
+    max_gradients: int = 30_000,
     report: Report = silent,
 ) -> Outcome:
     """Fit each factor to the posterior's marginal, from draws made here.
@@ -95,7 +95,8 @@ def solve_moments(
         return replace(
             start,
             stop_reason="budget" if sampler.ending == "converged" else sampler.ending,
-            message="no draws of the posterior were made; the guide holds the reverse KL's optimum",
+            message="no draws of the posterior that are of use were made; the guide holds the "
+            "reverse KL's optimum",
             num_gradients=num_gradients,
             seconds=seconds,
             notes=(*start.notes, *sampler.notes),

@@ -38,6 +38,10 @@ _NUM_SCOUTS = 32
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
 _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
+# Draws by which one failure is preferred to another; by how much those that are of any use may fail
+# Stein's identities, on average; and the order of those that fail them by as much.
+_NUM_JUDGED, _MAX_DISCREPANCY = 1024, 1.0
+_PREFERENCE: tuple[Source, ...] = ("hmc", "smc", "mixture", "importance")
 _NUM_COMPARED = 4000  # draws among which scouts must find neighbours
 # Standard error of means and sds at which tempered draws are good enough to start a mixture from.
 _ROUGH_ERROR = 0.1
@@ -135,8 +139,8 @@ class PosteriorSampler:
         if not self._found:
             return None
         self._say_what_failed()
-        best = min(self._found, key=_rank)
-        if best[1].problems and self.ending == "converged":
+        best = self._best()
+        if self.ending == "converged" and (best is None or best[1].problems):
             self.ending = "budget"
         return best
 
@@ -203,7 +207,7 @@ class PosteriorSampler:
                 run.run()
             except BudgetSpentError:
                 self._limit = self.max_gradients
-                if is_last or run.is_healthy:  # the next would do no better
+                if is_last or run.is_healthy or run.found() is None:  # the next would do no better
                     run.run()
         except (BudgetSpentError, KeyboardInterrupt):
             self._keep(run.found())
@@ -300,6 +304,29 @@ class PosteriorSampler:
         problems += describe_tails(self.blocks.values, draws, names)
         return replace(draws, problems=tuple(problems))
 
+    def _best(self) -> Drawn | None:
+        """What passed its checks, which is the last; else what is least far from the posterior.
+
+        Not the smallest stated error, which the worst draws may have. Where the differences are
+        small, chains are preferred to tempered draws and those to weighted ones.
+        """
+        if not self._found[-1][1].problems:
+            return self._found[-1]
+        ranks = {
+            (round(self._discrepancy(draws), 1), _PREFERENCE.index(draws.source), k): k
+            for k, (_, draws) in enumerate(self._found)
+        }
+        first = min(ranks)
+        return self._found[ranks[first]] if first[0] < _MAX_DISCREPANCY else None
+
+    def _discrepancy(self, draws: PosteriorDraws) -> float:
+        """By how much the draws fail Stein's identities, which those of the posterior meet."""
+        z = draws.sample(_NUM_JUDGED, seed=0)
+        gradients = self.blocks.value_and_grad(z)[1]
+        location = draws.sd * gradients.mean(0)
+        scale = ((z - draws.mean) * gradients).mean(0) + 1.0
+        return float((location.abs() + scale.abs()).mean())
+
     def _say_what_failed(self) -> None:
         for k, (_, draws) in enumerate(self._found):
             if draws.problems:
@@ -336,13 +363,6 @@ def _numbers(drawn: WeightedDraws) -> dict[str, float]:
         "log_evidence": drawn.log_evidence,
         "log_evidence_se": drawn.log_evidence_se,
     }
-
-
-def _rank(drawn: Drawn) -> tuple[bool, bool, float]:
-    """Order from best to worst: weights that are not to be trusted know their own error least."""
-    draws = drawn[1]
-    failed = len(draws.problems) > 0
-    return failed, failed and draws.source in ("importance", "mixture"), draws.largest_error
 
 
 def _freeze(

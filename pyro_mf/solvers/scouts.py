@@ -20,6 +20,7 @@ from pyro_mf.kernels import Metric, ParallelHMC
 _BOX = 2.0  # half the side of the box that a quarter of them start in, as in Stan
 _SPREADS = (3.0, 10.0, 30.0)  # sds from the optimum at which the other half start
 _MAX_STEPS = 150
+_FIRST_STEP = 1e-3  # of a Newton step at the optimum: a longer one leaves a narrower mode's basin
 _TYPICAL_SDS = 3.0  # by which a typical draw's log density may lie below the average
 # Nats, and nats per latent, by which another mode may be lower: being wider, it has as much mass.
 _LOWER, _LOWER_EACH = 10.0, 1.0
@@ -106,7 +107,7 @@ def count_astray(scouts: Tensor, draws: Tensor) -> int:
 def _climb(density: Evaluate, z: Tensor, metric: Metric, level: float) -> tuple[Tensor, Tensor]:
     """Gradient ascent in a metric, each row with a step of its own, up to a level."""
     values, gradients = density(z)
-    steps = torch.ones_like(values)
+    steps = torch.full_like(values, _FIRST_STEP)
     for _ in range(_MAX_STEPS):
         climbing = (values < level) & (values > -math.inf) & (steps > 1e-12)
         if not bool(climbing.any()):
@@ -118,5 +119,5 @@ def _climb(density: Evaluate, z: Tensor, metric: Metric, level: float) -> tuple[
         z = torch.where(is_higher[:, None], there, z)
         gradients = torch.where(is_higher[:, None], new_gradients, gradients)
         values = torch.where(is_higher, new_values, values)
-        steps = torch.where(is_higher, 1.5 * steps, torch.where(climbing, 0.25 * steps, steps))
+        steps = torch.where(is_higher, 2.0 * steps, torch.where(climbing, 0.25 * steps, steps))
     return z, values
