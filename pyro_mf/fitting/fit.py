@@ -72,7 +72,8 @@ def fit(
             Every optimum is kept; the one with the highest ELBO is the result.
         tolerance: Error that the solver may leave in the result, in sds. With minibatches 0.2 takes
             about a quarter of the steps of 0.1; so it does with the forward KL.
-        max_gradients: Budget in gradient evaluations per start; by default the solver's own.
+        max_gradients: Budget in gradient evaluations per start; by default the solver's own. For
+            moment matching one is a gradient at 64 points.
         seed: Seed of everything random: the same seed gives the same bits. Torch's global generator
             is left as it was.
         progress: Whether to show a progress bar; ``None`` shows one in a terminal or notebook.

@@ -14,6 +14,7 @@ from pyro_mf.convert.samples import check_arguments
 from pyro_mf.density import LogJoint
 from pyro_mf.families import Family
 from pyro_mf.guides import AutoMeanField
+from pyro_mf.objectives import ForwardKL
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ class Problem:
         Raises:
             ModelError: If the model subsamples its data, or is no model.
         """
-        return LogJoint(self.model, self.model_args, self.model_kwargs)
+        backend = self.objective.backend if isinstance(self.objective, ForwardKL) else "auto"
+        return LogJoint(self.model, self.model_args, self.model_kwargs, backend=backend)
 
 
 def read_problem(

@@ -44,7 +44,8 @@ class ForwardKL(ELBO):
     numbers in the arguments, and are part of :meth:`state_dict`.
 
     Args:
-        num_particles: Draws N per step, chains where there are chains; at least 2.
+        num_particles: Draws N per step, chains where there are chains; at least 2. For ``SVI``:
+            where :func:`~pyro_mf.fit` makes all draws before it fits, it takes as many as it needs.
         estimator: Where the draws come from: ``"hmc"``, ``"imh"``, ``"msc"``, ``"snis"``,
             ``"smc"`` or ``"prior"``; ``None`` chooses by model.
         defensive: For ``"imh"``, ``"msc"`` and ``"snis"``, the share of proposals that come from

@@ -35,6 +35,10 @@ from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
 # Standard errors that fit into the tolerance: so large is the largest of thousands of errors.
 _Z = 4.0
 _NUM_FRESH = 2048
+_NO_ELBO = (
+    "the factors reach to where the model has no density, so that the ELBO of their product is not "
+    "finite; the draws stay where it has"
+)
 _ROUNDING = 1e-3  # of the log evidence, in nats and relative
 # Given draws at which the gradient is computed, and chance that good ones are taken for foreign.
 _NUM_GRADIENTS, _FALSE_ALARM = 4000, 1e-4
@@ -64,7 +68,8 @@ def solve_moments(
         seed: Seed of everything random.
         tolerance: Error of means, in posterior sds, and of sds, relative; four standard errors of
             the draws are at most that.
-        max_gradients: Budget, in gradients of the log joint at 64 points each.
+        max_gradients: Budget, in gradients of the log joint at 64 points each; tempering, which
+            comes last, finishes its runs and may take more.
         report: Called with the progress.
 
     Returns:
@@ -125,7 +130,7 @@ def solve_moments(
         message=message,
         num_gradients=num_gradients,
         seconds=seconds | found.seconds,
-        notes=(*_start_notes(start), *sampler.notes),
+        notes=(*_start_notes(start), *sampler.notes, *found.notes),
     )
 
 
@@ -285,6 +290,7 @@ def _fit(
         losses=(),
         num_gradients=0,
         seconds=seconds,
+        notes=() if math.isfinite(own_elbo.elbo) else (_NO_ELBO,),
         forward=Forward(draws, *own_eubo, bounds_from(elbos, eubos)),
     )
 
