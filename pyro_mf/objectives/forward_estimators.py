@@ -159,18 +159,15 @@ class ImportanceSampling:
         self.num_evaluations = int(state["num_evaluations"])
 
 
-class ParallelChains:
-    """Independence Metropolis-Hastings: N chains, each one proposal from the guide per step."""
+class _MarkovChains:
+    """What estimators have in common that go on from the states of the step before."""
 
     is_chain = True
     num_gradients = 0
+    chains: IndependenceChains | ConditionalImportance
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        density, scorer, _, count, generator = setting
-        with seeded(generator):
-            start = scorer.sample(count)
-        self.chains = IndependenceChains(density.values, start, generator=generator)
         self.draws: Draws | None = None
 
     def advance(self, *, target_changed: bool) -> Draws:
@@ -183,22 +180,15 @@ class ParallelChains:
             self.chains.refresh()
         with seeded(self._setting.generator):
             self.chains.step(self._setting.proposal)
-        return self._read()
+        self.draws = self._read()
+        return self.draws
 
     def _read(self) -> Draws:
-        # A chain that is still where there is no density is no draw from the posterior.
-        alive = (self.chains.log_density > -torch.inf).double()
-        if not bool(alive.any()):
-            raise NonFiniteError(
-                f"the log density is not finite at any of {len(alive)} chains. Start the guide "
-                "where the model has density."
-            )
-        self.draws = Draws(self.chains.z, alive / alive.sum())
-        return self.draws
+        raise NotImplementedError
 
     @property
     def acceptance(self) -> float:
-        """Share of proposals taken so far."""
+        """Share of proposals taken, or of steps that ended at a new point."""
         return self.chains.acceptance
 
     @property
@@ -218,55 +208,46 @@ class ParallelChains:
         """See :class:`Estimator`."""
         self.chains.load_state_dict(state)
         if self.chains.num_steps:
-            self._read()
+            self.draws = self._read()
 
 
-class ScoreClimbing:
-    """Markovian score climbing: conditional importance sampling, all candidates in the gradient."""
+class ParallelChains(_MarkovChains):
+    """Independence Metropolis-Hastings: N chains, each one proposal from the guide per step."""
 
-    is_chain = True
-    num_gradients = 0
+    chains: IndependenceChains
 
     def __init__(self, setting: Setting) -> None:
-        self._setting = setting
+        super().__init__(setting)
+        density, scorer, _, count, generator = setting
+        with seeded(generator):
+            start = scorer.sample(count)
+        self.chains = IndependenceChains(density.values, start, generator=generator)
+
+    def _read(self) -> Draws:
+        # A chain that is still where there is no density is no draw from the posterior.
+        alive = (self.chains.log_density > -torch.inf).double()
+        if not bool(alive.any()):
+            raise NonFiniteError(
+                f"the log density is not finite at any of {len(alive)} chains. Start the guide "
+                "where the model has density."
+            )
+        return Draws(self.chains.z, alive / alive.sum())
+
+
+class ScoreClimbing(_MarkovChains):
+    """Markovian score climbing: conditional importance sampling, all candidates in the gradient."""
+
+    chains: ConditionalImportance
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
         density, scorer, _, count, generator = setting
         with seeded(generator):
             start = scorer.sample(1)[0]
-        self.chain = ConditionalImportance(density.values, start, count, generator=generator)
-        self.draws: Draws | None = None
+        self.chains = ConditionalImportance(density.values, start, count, generator=generator)
 
-    def advance(self, *, target_changed: bool) -> Draws:
-        """See :class:`Estimator`."""
-        if target_changed:
-            self.chain.refresh()
-        with seeded(self._setting.generator):
-            self.chain.step(self._setting.proposal)
-        self.draws = Draws(self.chain.candidates, self.chain.log_weights.exp())
-        return self.draws
-
-    @property
-    def acceptance(self) -> float:
-        """Share of steps that ended at a new point."""
-        return self.chain.acceptance
-
-    @property
-    def num_evaluations(self) -> int:
-        """Rows at which the density was evaluated."""
-        return self.chain.num_evaluations
-
-    def recent_log_weights(self) -> Tensor | None:
-        """See :class:`Estimator`."""
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`Estimator`."""
-        return self.chain.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :class:`Estimator`."""
-        self.chain.load_state_dict(state)
-        if self.chain.num_steps:
-            self.draws = Draws(self.chain.candidates, self.chain.log_weights.exp())
+    def _read(self) -> Draws:
+        return Draws(self.chains.candidates, self.chains.log_weights.exp())
 
 
 def normalised(log_weights: Tensor) -> Tensor:

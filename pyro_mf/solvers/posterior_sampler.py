@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -21,11 +20,11 @@ from pyro_mf.kernels.student_t import StudentT
 from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.solvers.chains import ChainRun
+from pyro_mf.solvers.judgement import least_far, with_checks
 from pyro_mf.solvers.meter import BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
-from pyro_mf.solvers.scouts import count_astray, send_scouts
-from pyro_mf.solvers.tails import describe_tails
+from pyro_mf.solvers.scouts import send_scouts
 
 # Latents up to which importance sampling is tried first.
 _MAX_IMPORTANCE = 25
@@ -38,11 +37,6 @@ _NUM_SCOUTS = 32
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
 _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
-# Draws by which one failure is preferred to another; by how much those that are of any use may fail
-# Stein's identities, on average; and the order of those that fail them by as much.
-_NUM_JUDGED, _MAX_DISCREPANCY = 1024, 1.0
-_PREFERENCE: tuple[Source, ...] = ("hmc", "smc", "mixture", "importance")
-_NUM_COMPARED = 4000  # draws among which scouts must find neighbours
 # Standard error of means and sds at which tempered draws are good enough to start a mixture from.
 _ROUGH_ERROR = 0.1
 NAMES: dict[Source, str] = {
@@ -94,7 +88,6 @@ class PosteriorSampler:
         self._num_rows = 0
         self._limit = max_gradients
         self._phase = "scouts"
-        self._error = math.nan
         self._scouts = loc.new_zeros(0, len(loc))
         self._found: list[Drawn] = []
         self._rough: WeightedDraws | None = None
@@ -139,7 +132,10 @@ class PosteriorSampler:
         if not self._found:
             return None
         self._say_what_failed()
-        best = self._best()
+        best: Drawn | None = self._found[-1]  # what passed its checks comes last
+        if self._found[-1][1].problems:
+            chosen = least_far([draws for _, draws in self._found], self.blocks)
+            best = None if chosen is None else self._found[chosen]
         if self.ending == "converged" and (best is None or best[1].problems):
             self.ending = "budget"
         return best
@@ -218,7 +214,8 @@ class PosteriorSampler:
 
     def _keep(self, found: Drawn | None) -> None:
         if found is not None:
-            self._found.append((found[0], self._checked(found[1])))
+            averages, draws = found
+            self._found.append((averages, with_checks(draws, self.blocks, self._scouts)))
 
     def _by_tempering(self, *, is_rough: bool) -> Drawn | None:
         left = self.max_gradients - self.num_gradients
@@ -290,42 +287,6 @@ class PosteriorSampler:
         covariance = covariance if self.metric.is_dense else torch.diag(covariance)
         tril = _WIDE * torch.linalg.cholesky(covariance + spread)
         return StudentT(self.loc, tril, 7.0)
-
-    def _checked(self, draws: PosteriorDraws) -> PosteriorDraws:
-        """With what the scouts and the tails say against the draws."""
-        problems = list(draws.problems)
-        astray = count_astray(self._scouts, draws.sample(_NUM_COMPARED, seed=0))
-        if astray and draws.source != "hmc":  # whose chains start there, and R-hat tells
-            problems.append(
-                f"{astray} of {len(self._scouts)} climbs from elsewhere ended where none of the "
-                "draws is: there is another mode, or a long bend"
-            )
-        names = self.blocks.log_joint.layout.element_names()
-        problems += describe_tails(self.blocks.values, draws, names)
-        return replace(draws, problems=tuple(problems))
-
-    def _best(self) -> Drawn | None:
-        """What passed its checks, which is the last; else what is least far from the posterior.
-
-        Not the smallest stated error, which the worst draws may have. Where the differences are
-        small, chains are preferred to tempered draws and those to weighted ones.
-        """
-        if not self._found[-1][1].problems:
-            return self._found[-1]
-        ranks = {
-            (round(self._discrepancy(draws), 1), _PREFERENCE.index(draws.source), k): k
-            for k, (_, draws) in enumerate(self._found)
-        }
-        first = min(ranks)
-        return self._found[ranks[first]] if first[0] < _MAX_DISCREPANCY else None
-
-    def _discrepancy(self, draws: PosteriorDraws) -> float:
-        """By how much the draws fail Stein's identities, which those of the posterior meet."""
-        z = draws.sample(_NUM_JUDGED, seed=0)
-        gradients = self.blocks.value_and_grad(z)[1]
-        location = draws.sd * gradients.mean(0)
-        scale = ((z - draws.mean) * gradients).mean(0) + 1.0
-        return float((location.abs() + scale.abs()).mean())
 
     def _say_what_failed(self) -> None:
         for k, (_, draws) in enumerate(self._found):

@@ -51,7 +51,7 @@ def describe_tails(
 
 def _heaviest(draws: PosteriorDraws) -> tuple[int, float]:
     """The latent whose squares have the heaviest tail under the weights, and its k-hat."""
-    standard = (draws.z - draws.mean) / draws.sd
+    standard = (draws.z - draws.mean) / draws.sd.clamp_min(torch.finfo(draws.z.dtype).tiny)
     fourth = draws.weights @ standard.pow(4)
     found = (0, -math.inf)
     for index in fourth.topk(min(_NUM_ASKED, len(fourth))).indices.tolist():
