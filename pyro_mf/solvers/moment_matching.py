@@ -22,6 +22,7 @@ from pyro_mf.density.blocks import Blocks
 from pyro_mf.families import Family, Normal
 from pyro_mf.guides import AutoMeanField
 from pyro_mf.guides.protocol import FactorisedGuide
+from pyro_mf.kernels.student_t import NET_SIZE
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.chains import ChainDraws
 from pyro_mf.solvers.deterministic import solve_deterministic
@@ -314,7 +315,11 @@ def _log_prob_by_halves(family: Family, draws: PosteriorDraws) -> Tensor:
     Under factors fitted to the same draws the EUBO would be too low, by as many nats as half the
     factors' parameters over the effective draws.
     """
-    first = torch.arange(len(draws.z)) < len(draws.z) // 2
+    order = torch.arange(len(draws.z))
+    # Weighted draws net by net: within a net they make up for each other, and only all rounds of
+    # nets together have their weights. Chains by time and tempered draws by run.
+    is_net = draws.source in ("importance", "mixture")
+    first = order // NET_SIZE % 2 == 0 if is_net else order < len(order) // 2
     log_prob = torch.empty_like(draws.log_density)
     for half in (first, ~first):
         params = family.fit_weighted(draws.z[~half], draws.log_weights[~half])

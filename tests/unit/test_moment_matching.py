@@ -78,6 +78,10 @@ def test_two_modes_are_both_in_the_marginal():
     draws = outcome.forward.draws
     assert abs(float(loc)) <= 4 * float(draws.mean_error) * math.sqrt(4.25) + 0.01
     assert abs(float(scale) - math.sqrt(4.25)) < 0.05 * math.sqrt(4.25)
+    # KL(p || q) of a mixture whose modes hardly overlap: entropy of q less that of p.
+    divergence = 0.5 * math.log(4.25 / 0.25) - math.log(2.0)
+    forward = outcome.forward
+    assert abs(forward.eubo - divergence) < 4 * forward.eubo_se + 0.02
 
 
 def test_control_without_scouts_one_of_two_far_modes_is_taken_for_all(monkeypatch):
