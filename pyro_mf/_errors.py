@@ -11,6 +11,10 @@ class GuideMismatchError(ValueError):
     """A guide and a model do not have the same latent sites."""
 
 
+class FamilyError(ValueError):
+    """A family does not fit the site that it was asked for."""
+
+
 class GuideNotSetUpError(RuntimeError):
     """A guide is asked for something that it knows only once it has seen its model run."""
 

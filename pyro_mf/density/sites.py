@@ -56,6 +56,7 @@ class Site:
         event_dim: Number of event dimensions of the model's distribution.
         plates: Vectorised plates around the site, outermost first.
         start: Where the site starts in the flat vector.
+        is_circular: Whether values that are a turn apart are the same, as for angles.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Site:
     event_dim: int
     plates: tuple[Plate, ...]
     start: int
+    is_circular: bool = False
 
     @property
     def size(self) -> int:
@@ -228,6 +230,12 @@ def _base_constraint(support: constraints.Constraint) -> constraints.Constraint:
     return support
 
 
+def _is_circular(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, torch.distributions.VonMises)
+
+
 def _read_site(name: str, node: Any, start: int, *, full_size: bool) -> Site:
     fn = node["fn"]
     shape = list(node["value"].shape)
@@ -263,4 +271,5 @@ def _read_site(name: str, node: Any, start: int, *, full_size: bool) -> Site:
         event_dim=fn.event_dim,
         plates=tuple(plates),
         start=start,
+        is_circular=_is_circular(fn),
     )

@@ -1,8 +1,8 @@
 """What a mean-field factor must offer.
 
-A family describes one-dimensional distributions, one per element of a flat vector of length D. It
-is frozen and holds no parameters: they are passed in as a tuple of tensors of shape ``(D,)``, so
-the same functions serve a guide, a captured graph and a solver.
+A family describes one-dimensional distributions, one per element of a batch. It is frozen and holds
+no parameters: they are passed in as a tuple of tensors, so the same functions serve a guide, a
+captured graph and a solver.
 """
 
 from __future__ import annotations
@@ -15,15 +15,25 @@ from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 Params: TypeAlias = tuple[Tensor, ...]
-"""One tensor of shape ``(D,)`` per name in ``param_names``, in that order, constrained."""
+"""One tensor ``(*batch, *extra)`` per name in ``param_names``, in that order, constrained.
+
+What is extra depends on the parameter: nothing for a location, the bins for the heights of a
+spline.
+"""
 
 
 @runtime_checkable
 class Family(Protocol):
-    """A family of one-dimensional distributions on the real line, elementwise over ``(D,)``.
+    """A family of one-dimensional distributions on the real line, elementwise over a batch.
 
-    Every method broadcasts: draws lead, so noise and values have shape ``(..., D)``. Values are on
-    the unconstrained axis; mapping to a site's support is the guide's business.
+    Every method broadcasts: draws lead, so values have shape ``(..., *batch)``. Values are on the
+    unconstrained axis; mapping to a site's support is the guide's business. A family that is at
+    home on a support (``native_to``) is there the law of the support's unconstrained coordinate:
+    Gamma factors that of ``log X``.
+
+    A *block* family (``event_dim == 1``) describes distributions of vectors: values are
+    ``(..., *batch, k)``, and densities and entropies come as k contributions that sum to the
+    vector's own, as the chain rule gives them.
     """
 
     @property
@@ -33,7 +43,7 @@ class Family(Protocol):
 
     @property
     def param_names(self) -> tuple[str, ...]:
-        """Names of the parameters; the first two are ``loc`` and ``scale``."""
+        """Names of the parameters."""
         ...
 
     @property
@@ -52,11 +62,11 @@ class Family(Protocol):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Draw parameter-free noise."""
+        """Draw parameter-free noise, for values of a shape, in as many numbers as it takes."""
         ...
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
-        """Map noise to values: monotone in the noise, differentiable in the parameters."""
+        """Map noise to values, differentiably in the parameters."""
         ...
 
     def log_prob(self, params: Params, u: Tensor) -> Tensor:
@@ -83,3 +93,14 @@ class Family(Protocol):
             log_weights: Log weights in nats, shape ``(S,)``; a constant added changes nothing.
         """
         ...
+
+
+def event_dim_of(family: Family) -> int:
+    """1 for a family of vectors, 0 for one of numbers."""
+    return int(getattr(family, "event_dim", 0))
+
+
+def home_of(family: Family) -> str | None:
+    """The kind of support that a family is at home on; ``None`` for one that fits everywhere."""
+    home: str | None = getattr(family, "native_to", None)
+    return home

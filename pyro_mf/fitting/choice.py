@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density.prototype import run_prototype
-from pyro_mf.families import Normal
 from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradient
 from pyro_mf.fitting.problem import Problem
 from pyro_mf.guides.flat_guide import FlatGuide
@@ -101,7 +100,8 @@ def _is_forward(problem: Problem) -> bool:
 
 def _fast(problem: Problem, solver: SolverName, *, has_draws: bool) -> Choice:
     if not isinstance(problem.objective, ForwardKL):
-        return Choice(solver, "reverse KL, Normal factors, full data, differentiable log density")
+        factors = f"{problem.guide.family.name} factors"
+        return Choice(solver, f"reverse KL, {factors}, full data, differentiable log density")
     reason = "forward KL, full data, "
     reason += "draws are given" if has_draws else "differentiable log density"
     return Choice(solver, reason, source=_SOURCES[problem.objective.estimator])
@@ -143,8 +143,6 @@ def _outside_model(problem: Problem) -> str | None:
     if not isinstance(guide, FlatGuide):
         name = getattr(guide, "__name__", type(guide).__name__)
         return f"the guide ({name}) is not an AutoMeanField"
-    if not isinstance(guide.family, Normal) and not _is_forward(problem):
-        return f"the factors are of family '{guide.family.name}', not 'normal'"
     if guide.create_plates is not None:
         return "the guide subsamples plates of its own (create_plates)"
     return None

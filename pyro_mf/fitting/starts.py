@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf.families import Normal
 from pyro_mf.fitting.choice import Choice
 from pyro_mf.fitting.problem import Limits, Problem
 from pyro_mf.fitting.restarts import Optimum, best_of, current_params
@@ -17,6 +18,7 @@ from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 from pyro_mf.solvers.outcome import Report
+from pyro_mf.solvers.pathwise import solve_pathwise
 from pyro_mf.solvers.stochastic import solve_stochastic
 
 _BOX = 2.0  # half the side of the box from which starts are drawn, as in Stan
@@ -50,8 +52,12 @@ def solve(
     """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
     options = limits.options("max_gradients")
-    if choice.solver == "deterministic":
+    if choice.solver == "deterministic" and isinstance(guide.family, Normal):
         outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
+    elif choice.solver == "deterministic":
+        outcome = solve_pathwise(
+            problem.log_joint, guide, seed=seed, report=report, disperse=disperse, **options
+        )
     elif choice.solver == "moment_matching" and given is not None:
         outcome = fit_given(
             problem.log_joint,
@@ -117,7 +123,8 @@ def solve_from_starts(
         return (only,), ()
     seeds = [seed + k for k in range(num)]
     reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]
-    run = _together if choice.solver == "deterministic" else _one_by_one
+    together = choice.solver == "deterministic" and isinstance(problem.guide.family, Normal)
+    run = _together if together else _one_by_one
     ends = run(problem, choice, seeds, reports, limits)
     failures = [(k, end) for k, end in enumerate(ends) if isinstance(end, Exception)]
     for _, error in failures:
@@ -175,10 +182,9 @@ def _one_by_one(
 
 
 def _random_start(guide: FlatGuide, seed: int) -> tuple[Tensor, ...]:
-    """The guide's parameters with locations drawn from a box."""
-    given = current_params(guide)
+    """The guide's parameters with locations drawn from a box, and with the first scales."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(guide.layout.size, generator=generator, dtype=torch.float64)
     loc = _BOX * (2 * uniform - 1)
-    names = guide.family.param_names
-    return tuple(loc.to(p) if n == "loc" else p for n, p in zip(names, given, strict=True))
+    like = guide.flat_leaves()[0]
+    return guide.family.init(loc.to(like), torch.full_like(loc, guide.init_scale).to(like))

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from functools import cache
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_mf._errors import GuideMismatchError
 from pyro_mf.density.sites import Site
 from pyro_mf.families import Family
+from pyro_mf.families.protocol import event_dim_of
+from pyro_mf.guides.factors import as_pyro, factor_of
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.plates import as_plates
 from pyro_mf.guides.prototype import InitFn, Model, init_to_origin, model_indices, read_call
+from pyro_mf.guides.site_families import FamilySpec, cut
 
 
 class AutoMeanField(FlatGuide):
@@ -41,8 +41,9 @@ class AutoMeanField(FlatGuide):
 
     Args:
         model: A Pyro model.
-        family: Name of the factors' family, or an object with the methods of
-            :class:`~pyro_mf.families.Family`.
+        family: The factors' family: a name, or an object with the methods of
+            :class:`~pyro_mf.families.Family`; a dict of them by site (sites that it leaves out are
+            ``"auto"``); a function of the :class:`~pyro_mf.density.sites.Site`; or ``"auto"``.
         init_loc_fn: Per-site initial value in the model's space, as in Pyro's autoguides; the
             default is zero on the unconstrained axis and samples nothing.
         init_scale: Initial standard deviation on the unconstrained axis, positive.
@@ -70,7 +71,7 @@ class AutoMeanField(FlatGuide):
     def __init__(
         self,
         model: Model,
-        family: str | Family = "normal",
+        family: FamilySpec = "normal",
         *,
         init_loc_fn: InitFn = init_to_origin,
         init_scale: float | Tensor = 0.1,
@@ -114,16 +115,11 @@ class AutoMeanField(FlatGuide):
         self._calls.add(_call_key(args, kwargs))
 
     def _factor(self, site: Site, params: tuple[Tensor, ...], plates: Mapping[str, Any]) -> Any:
-        cut = []
-        for flat in params:
-            value = flat[site.start : site.stop].reshape(site.unconstrained_shape)
-            cut.append(self._minibatch.take(value, site, plates))
-        base = _as_pyro(self.family.distribution(tuple(cut)))
-        base = base.to_event(site.unconstrained_event_dim)
-        if site.is_real:
-            return base  # a plain factor, so that analytic KL divergences apply
-        # The cache gives log_prob of a draw the very u it came from, where inverting is inexact.
-        return dist.TransformedDistribution(base, [site.transform.with_cache(1)])
+        family, own = cut(self.family, params, site)
+        if not self._minibatch.visits_all(site, plates):
+            _check_divisible(family, site)
+            own = tuple(self._minibatch.take(value, site, plates) for value in own)
+        return factor_of(family, own, site, self._minibatch.shape_of(site, plates))
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         def ask_model(names: frozenset[str]) -> dict[str, Tensor]:
@@ -153,7 +149,7 @@ class AutoMeanField(FlatGuide):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The guide as one distribution over the flat unconstrained vector ``(D,)``."""
-        return _as_pyro(self.family.distribution(self.flat_params())).to_event(1)
+        return as_pyro(self.family.distribution(self.flat_params())).to_event(1)
 
     def log_prob_unconstrained(self, z: Tensor) -> Tensor:
         """Log density of flat unconstrained vectors.
@@ -259,17 +255,18 @@ class AutoMeanField(FlatGuide):
         return layout.constrain(self.family.quantile(params, p))
 
 
-def _as_pyro(distribution: Any) -> Any:
-    """The same distribution in Pyro's class, for ``pyro.sample``; families are pure torch."""
-    wrapped: Any = object.__new__(_pyro_class(distribution.__class__))
-    wrapped.__dict__.update(vars(distribution))
-    return wrapped
+def _check_divisible(family: Family, site: Site) -> None:
+    """Refuse a minibatch of a block that holds all of a plate.
 
-
-@cache
-def _pyro_class(torch_class: Any) -> Any:
-    wrapped = getattr(dist, torch_class.__name__, None)
-    return wrapped or type(torch_class.__name__, (torch_class, TorchDistributionMixin), {})
+    Raises:
+        GuideMismatchError: If it does.
+    """
+    if event_dim_of(family) and getattr(family, "over", "slice") == "site":
+        raise GuideMismatchError(
+            f"family '{family.name}' over all of site '{site.name}' makes its elements dependent, "
+            "but the model visits only a minibatch of them. Use over='slice' (a block for every "
+            "element of the plate), 'normal', or the full data."
+        )
 
 
 def _call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -21,9 +21,17 @@ from torch.distributions import transform_to
 from pyro_mf import _pyro
 from pyro_mf._errors import GuideMismatchError, GuideNotSetUpError
 from pyro_mf.density.sites import Layout, Site
-from pyro_mf.families import Family, get_family
+from pyro_mf.families import Family
 from pyro_mf.guides.plates import MinibatchPlates
 from pyro_mf.guides.prototype import InitFn, Model, Start, start_guide
+from pyro_mf.guides.site_families import (
+    FamilySpec,
+    cut,
+    known_before_setup,
+    own_family,
+    read_spec,
+    resolve,
+)
 from pyro_mf.guides.site_view import SiteView
 
 _Self = TypeVar("_Self", bound="FlatGuide")
@@ -34,7 +42,8 @@ class FlatGuide(AutoGuide):
 
     Args:
         model: A Pyro model.
-        family: Name of a family, or an object with the methods of ``Family``.
+        family: Name of a family, an object with the methods of ``Family``, a dict of them by site,
+            or a function of the site.
         init_loc_fn: Per-site initial value in the model's space.
         init_scale: Initial scale on the unconstrained axis, positive.
         create_plates: As in Pyro's ``AutoGuide``.
@@ -47,7 +56,7 @@ class FlatGuide(AutoGuide):
     def __init__(
         self,
         model: Model,
-        family: str | Family,
+        family: FamilySpec,
         *,
         init_loc_fn: InitFn,
         init_scale: float | Tensor,
@@ -57,12 +66,14 @@ class FlatGuide(AutoGuide):
             if not callable(value):
                 raise TypeError(f"{name} must be callable; got {type(value).__name__}.")
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
-        self.family = get_family(family)
+        self._family_spec = read_spec(family)
+        self._family = known_before_setup(self._family_spec)
         self.init_loc_fn = init_loc_fn
-        self._init_scale = _positive_number(init_scale)
+        self.init_scale = _positive_number(init_scale)
         self._layout: Layout | None = None
         self._minibatch = MinibatchPlates()
         self._loaded_sites: dict[str, list[int]] | None = None
+        self._known_shapes: tuple[int, list[torch.Size]] | None = None
 
     @property
     def model(self) -> Model:
@@ -78,6 +89,28 @@ class FlatGuide(AutoGuide):
                 "load this one's state_dict()."
             )
         return self._model[0]  # type: ignore[no-any-return]
+
+    @property
+    def family(self) -> Family:
+        """The factors' family over the flat vector; sites' own families joined to one.
+
+        Raises:
+            GuideNotSetUpError: If it depends on the sites, and the guide has not seen them.
+        """
+        if self._family is None:
+            raise GuideNotSetUpError(
+                "the guide's families depend on the model's sites, and it has not seen its model "
+                "run yet. Call guide.setup(*args, **kwargs) with the model's arguments first."
+            )
+        return self._family
+
+    def family_over(self, layout: Layout) -> Family:
+        """The family over another layout of the same sites, such as a minibatch's.
+
+        Args:
+            layout: The layout.
+        """
+        return known_before_setup(self._family_spec) or resolve(self._family_spec, layout)
 
     @property
     def layout(self) -> Layout:
@@ -117,6 +150,7 @@ class FlatGuide(AutoGuide):
         start = start_guide(self.model, self._whole_model(), self.init_loc_fn, args, kwargs)
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(start.trace)
+        self._family = resolve(self._family_spec, start.layout)
         self._create_params(start)
         self._layout = start.layout
         self._minibatch = start.minibatch
@@ -133,7 +167,7 @@ class FlatGuide(AutoGuide):
             self._check_loaded(start.layout)  # a state_dict came first
             return
         _pyro.own_parameters(self, names)
-        values = self.family.init(start.loc, torch.full_like(start.loc, self._init_scale))
+        values = self.family.init(start.loc, torch.full_like(start.loc, self.init_scale))
         for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
             setattr(self, name, PyroParam(value, constraint))
         _pyro.own_parameters(self, names)
@@ -143,26 +177,26 @@ class FlatGuide(AutoGuide):
 
     @pyro_method
     def flat_params(self) -> tuple[Tensor, ...]:
-        """The family's parameters, each ``(D,)``, constrained and differentiable.
+        """The family's parameters, constrained and differentiable.
 
         Handlers around the call see them read, so ``SVI.step`` optimises them.
         """
         layout = self.layout
         _pyro.own_parameters(self, self.family.param_names)
         params = tuple(getattr(self, name) for name in self.family.param_names)
-        if any(p.shape != (layout.size,) for p in params):
+        if [p.shape for p in params] != self._shapes(layout):
             self._check_sizes(layout)
         return params
 
     @pyro_method
     def flat_leaves(self) -> tuple[Tensor, ...]:
-        """The unconstrained leaf tensors behind :meth:`flat_params`, each ``(D,)``.
+        """The unconstrained leaf tensors behind :meth:`flat_params`.
 
         Handlers around the call see the parameters read, as with :meth:`flat_params`.
         """
-        names, shape = self.family.param_names, (self.layout.size,)
+        names, shapes = self.family.param_names, self._shapes(self.layout)
         leaves = tuple(self.get_parameter(f"{name}_unconstrained") for name in names)
-        if _pyro.holds_parameters(self, names) and all(x.shape == shape for x in leaves):
+        if _pyro.holds_parameters(self, names) and [x.shape for x in leaves] == shapes:
             for name, leaf in zip(names, leaves, strict=True):
                 _pyro.emit_param(f"{self._pyro_name}.{name}", leaf)
             return leaves
@@ -189,43 +223,59 @@ class FlatGuide(AutoGuide):
         Raises:
             ValueError: If the family has no such parameter.
         """
-        if name not in self.family.param_names:
+        families = [own_family(self.family, site) for site in self.layout.sites]
+        known = dict.fromkeys(param for family in families for param in family.param_names)
+        if name not in known:
             raise ValueError(
-                f"family {self.family.name!r} has parameters {self.family.param_names}; "
-                f"got {name!r}."
+                f"family {self.family.name!r} has parameters {tuple(known)}; got {name!r}."
             )
         return SiteView(self, name)
 
+    def site_family(self, site: Site) -> tuple[Family, dict[str, Tensor]]:
+        """One site's family, and its parameters by the family's names.
+
+        Args:
+            site: A site of the guide's layout.
+
+        Returns:
+            The family, and differentiable tensors of shape ``(*batch, *extra)``: the batch is the
+            site's unconstrained shape, for a block family the number of its blocks.
+        """
+        family, own = cut(self.family, self.flat_params(), site)
+        return family, dict(zip(family.param_names, own, strict=True))
+
     def set_site_param(self, param: str, site: Site, value: Tensor) -> None:
-        """Write one site's part of a flat parameter; :class:`SiteView` assigns through this.
+        """Write one site's part of a parameter; :class:`SiteView` assigns through this.
 
         Raises:
+            KeyError: If the site's family has no such parameter.
             ValueError: If the value does not fit the site or the parameter's constraint.
         """
-        index = self.family.param_names.index(param)
-        flat = self.flat_params()[index]
-        constraint = self.param_constraints[index]
+        family, own = self.site_family(site)
+        old = own[param]
+        index = family.param_names.index(param)
+        constraint = _storage(family.constraints[index])
         try:
-            value = value.detach().to(flat).expand(site.unconstrained_shape)
+            value = value.detach().to(old).expand(old.shape)
         except RuntimeError:
             raise ValueError(
-                f"{param} of site '{site.name}' has unconstrained shape "
-                f"{tuple(site.unconstrained_shape)}; got {tuple(value.shape)}."
+                f"{param} of site '{site.name}' has unconstrained shape {tuple(old.shape)}; got "
+                f"{tuple(value.shape)}."
             ) from None
-        if not bool((constraint.check(value) & torch.isfinite(value)).all()):
+        if not bool(constraint.check(value).all() and torch.isfinite(value).all()):
             raise ValueError(
                 f"{param} of site '{site.name}' must be finite and satisfy {constraint}; "
                 f"got {value}."
             )
         with torch.no_grad():
-            leaf = self.get_parameter(f"{param}_unconstrained")
-            leaf[site.start : site.stop] = transform_to(constraint).inv(value).reshape(-1)
+            views = cut(self.family, self.flat_leaves(), site)[1]
+            views[index].copy_(transform_to(constraint).inv(value))
 
     def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
         """Write the family's parameters, as :meth:`flat_params` gives them.
 
         Args:
-            params: Constrained parameters in the family's order, each ``(D,)``.
+            params: Constrained parameters in the family's order.
 
         Raises:
             ValueError: If one has another shape or does not satisfy its constraint.
@@ -249,20 +299,26 @@ class FlatGuide(AutoGuide):
     @property
     def param_constraints(self) -> tuple[constraints.Constraint, ...]:
         """How parameters are stored: positive ones through softplus, as in Pyro's AutoNormal."""
-        return tuple(
-            constraints.softplus_positive if c is constraints.positive else c
-            for c in self.family.constraints
-        )
+        return tuple(map(_storage, self.family.constraints))
+
+    def _shapes(self, layout: Layout) -> list[torch.Size]:
+        """Shapes of the parameters over a layout."""
+        if self._known_shapes is None or self._known_shapes[0] != layout.size:
+            ones = torch.ones(layout.size)
+            shapes = [p.shape for p in self.family_over(layout).init(torch.zeros_like(ones), ones)]
+            self._known_shapes = (layout.size, shapes)
+        return self._known_shapes[1]
 
     def _check_sizes(self, layout: Layout) -> None:
-        for name in self.family.param_names:
+        for name, expected in zip(self.family.param_names, self._shapes(layout), strict=True):
             value = getattr(self, name)
-            if value.shape != (layout.size,):
+            if value.shape != expected:
                 raise GuideMismatchError(
                     f"parameter '{self._pyro_name}.{name}' has shape {tuple(value.shape)}, but the "
-                    f"latent sites {[s.name for s in layout.sites]} have {layout.size} elements: "
-                    "it was loaded from, or belongs to, another model's guide. Call "
-                    "pyro.clear_param_store(), or load this model's parameters."
+                    f"latent sites {[s.name for s in layout.sites]} have {layout.size} elements, "
+                    f"for which it has shape {tuple(expected)}: it was loaded from, or belongs to, "
+                    "another model's guide. Call pyro.clear_param_store(), or load this model's "
+                    "parameters."
                 )
 
     # -- saving, loading, copying --------------------------------------------------------------
@@ -316,6 +372,10 @@ class FlatGuide(AutoGuide):
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
         clone._model = self._model
         return clone
+
+
+def _storage(constraint: constraints.Constraint) -> constraints.Constraint:
+    return constraints.softplus_positive if constraint is constraints.positive else constraint
 
 
 def _positive_number(value: float | Tensor) -> float:

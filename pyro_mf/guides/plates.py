@@ -101,13 +101,34 @@ class MinibatchPlates:
                 stacklevel=2,
             )
 
-    def take(self, value: Tensor, site: Site, plates: Mapping[str, Any]) -> Tensor:
-        """Select the elements of a site's full-size parameter that the plates visit."""
+    def _is_subsample(self, made: Any) -> bool:
+        return made.name in self.followed or made.subsample_size != made.size
+
+    def visits_all(self, site: Site, plates: Mapping[str, Any]) -> bool:
+        """Whether the plates visit all elements of a site, in order."""
+        return not any(self._is_subsample(plates[plate.name]) for plate in site.plates)
+
+    def shape_of(self, site: Site, plates: Mapping[str, Any]) -> torch.Size:
+        """Unconstrained shape of the elements of a site that the plates visit."""
+        shape = list(site.unconstrained_shape)
+        batch_dim = len(shape) - site.unconstrained_event_dim
         for plate in site.plates:
-            made = plates[plate.name]
-            if plate.name in self.followed or made.subsample_size != made.size:
-                indices = made.indices.to(value.device)
-                value = value.index_select(plate.dim - site.unconstrained_event_dim, indices)
+            shape[batch_dim + plate.dim] = plates[plate.name].subsample_size
+        return torch.Size(shape)
+
+    def take(self, value: Tensor, site: Site, plates: Mapping[str, Any]) -> Tensor:
+        """Select the elements of a site's full-size parameter that the plates visit.
+
+        Args:
+            value: The parameter, the site's batch dimensions first, then any others.
+            site: The site.
+            plates: Plates by name.
+        """
+        batch_dim = len(site.unconstrained_shape) - site.unconstrained_event_dim
+        for plate in site.plates:
+            if self._is_subsample(plates[plate.name]):
+                indices = plates[plate.name].indices.to(value.device)
+                value = value.index_select(batch_dim + plate.dim, indices)
         return value
 
 

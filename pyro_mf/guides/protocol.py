@@ -20,8 +20,16 @@ class FactorisedGuide(Protocol):
     works on a captured graph. Everything below ``setup`` needs the guide to be set up.
     """
 
-    family: Family
     model: Callable[..., Any]
+
+    @property
+    def family(self) -> Family:
+        """The factors' family over the flat vector."""
+        ...
+
+    def family_over(self, layout: Layout) -> Family:
+        """The family over another layout of the same sites, such as a minibatch's."""
+        ...
 
     @property
     def layout(self) -> Layout:
@@ -33,7 +41,7 @@ class FactorisedGuide(Protocol):
         ...
 
     def flat_params(self) -> tuple[Tensor, ...]:
-        """The family's parameters, each ``(D,)``, constrained and differentiable."""
+        """The family's parameters, constrained and differentiable."""
         ...
 
     @property
@@ -42,11 +50,11 @@ class FactorisedGuide(Protocol):
         ...
 
     def flat_leaves(self) -> tuple[Tensor, ...]:
-        """The unconstrained leaf tensors behind ``flat_params``, each ``(D,)``."""
+        """The unconstrained leaf tensors behind ``flat_params``."""
         ...
 
     def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
-        """Write the family's parameters, each ``(D,)``, constrained."""
+        """Write the family's parameters, constrained."""
         ...
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:

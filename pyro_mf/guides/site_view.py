@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_mf.density.sites import Site
+from pyro_mf.guides.site_families import own_family
+
 if TYPE_CHECKING:
     from pyro_mf.guides.flat_guide import FlatGuide
 
@@ -32,9 +35,7 @@ class SiteView(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         site = self._guide.layout[self._prefix + name]
-        guide = self._guide
-        flat = guide.flat_params()[guide.family.param_names.index(self._param)]
-        return flat[site.start : site.stop].reshape(site.unconstrained_shape)
+        return self._guide.site_family(site)[1][self._param]
 
     def __setitem__(self, name: str, value: Tensor | float) -> None:
         site = self._guide.layout[self._prefix + name]
@@ -42,8 +43,12 @@ class SiteView(Mapping[str, Tensor]):
 
     def __iter__(self) -> Iterator[str]:
         for site in self._guide.layout.sites:
-            if site.name.startswith(self._prefix):
+            if site.name.startswith(self._prefix) and self._has(site):
                 yield site.name[len(self._prefix) :]
+
+    def _has(self, site: Site) -> bool:
+        """Whether a site's own family has this parameter."""
+        return self._param in own_family(self._guide.family, site).param_names
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

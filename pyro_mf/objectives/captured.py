@@ -17,6 +17,7 @@ from pyro_mf.density.program import Program, value_and_gradients
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.guides.prototype import model_indices
+from pyro_mf.guides.site_families import param_index
 from pyro_mf.objectives.entropy import EntropyEstimator
 from pyro_mf.objectives.loss_graph import LossGraph, StaleGraphError
 from pyro_mf.objectives.non_finite import (
@@ -100,9 +101,10 @@ class CapturedELBO:
         indices, position = self._minibatch(graph, args, kwargs)
         leaves = self.guide.flat_leaves()
         with torch.no_grad():
-            stored = leaves if position is None else tuple(x[position] for x in leaves)
+            places = None if position is None else param_index(self.guide.family, position)
+            stored = leaves if places is None else tuple(map(_at, leaves, places))
             like, size = stored[0], prototype.layout.size
-            family = self.guide.family
+            family = graph.family
             noise = family.noise((num_particles, size), dtype=like.dtype, device=like.device)
             inputs = graph.program.inputs(args, kwargs, indices)
             try:
@@ -115,9 +117,8 @@ class CapturedELBO:
             if not math.isfinite(check):
                 params = graph.constrain(stored)
                 raise_non_finite(graph.program, family, params, noise, inputs)
-            if position is not None:
-                for i, leaf in enumerate(leaves):
-                    gradients[i] = torch.zeros_like(leaf).index_add_(0, position, gradients[i])
+            for i, place in enumerate(places or ()):
+                gradients[i] = torch.zeros_like(leaves[i]).index_add_(0, place, gradients[i])
         return loss, (*leaves, *prototype.params.values()), tuple(gradients)
 
     def _minibatch(
@@ -200,6 +201,10 @@ class CapturedELBO:
             CaptureWarning,
             stacklevel=2,
         )
+
+
+def _at(leaf: Tensor, place: Tensor) -> Tensor:
+    return leaf[place]
 
 
 def _warn_of_flat_latents(

@@ -34,6 +34,7 @@ class LossGraph:
     def __init__(self, program: Program, guide: FactorisedGuide, entropy: EntropyEstimator) -> None:
         self.program = program
         self._guide = guide
+        self.family = guide.family_over(program.prototype.layout)
         self._entropy = entropy
         self._scale = program.prototype.layout.plate_scale()
         self._function = program.graph_function(self._build)
@@ -53,7 +54,7 @@ class LossGraph:
         """Loss, a number that is finite where everything is, and all gradients.
 
         Args:
-            noise: The family's noise, shape ``(S, D)``.
+            noise: The family's noise for S draws.
             tensors: What the guide stores, then the model's inputs, flat.
 
         Raises:
@@ -69,7 +70,7 @@ class LossGraph:
         return out
 
     def _build(self, batch: Batch) -> PureFunction:
-        family, entropy = self._guide.family, self._entropy
+        family, entropy = self.family, self._entropy
         num_params = len(family.param_names)
 
         def loss_and_gradients(noise: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -12,15 +12,17 @@ error of a maximum-likelihood estimate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import transform_to
+from torch.distributions.constraints import Constraint
 
 from pyro_mf import _pyro
+from pyro_mf.families import Family
 from pyro_mf.guides.protocol import FactorisedGuide, is_factorised
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.leaves import Leaves
@@ -57,21 +59,42 @@ def guide_information(
 
 
 def _factorised_information(guide: FactorisedGuide) -> dict[int, Tensor | None]:
-    """All draws of all factors in one backward pass, since no parameter is shared by elements."""
     stored, family = guide.flat_leaves(), guide.family
     size, like = guide.layout.size, stored[0]
-    num_draws = max(8, min(_MAX_DRAWS, _MAX_NUMBERS // max(size, 1)))
+    numbers = max(1, size, *(leaf.numel() for leaf in stored))
+    num_draws = max(8, min(_MAX_DRAWS, _MAX_NUMBERS // numbers))
     with torch.no_grad():
         noise = family.noise((num_draws, size), dtype=like.dtype, device=like.device)
         draws = family.transform(guide.flat_params(), noise)
-    copies = tuple(x.detach().expand(num_draws, -1).requires_grad_() for x in stored)
+    found = score_information(family, guide.param_constraints, stored, draws)
+    return {id(leaf): x for leaf, x in zip(stored, found, strict=True)}
+
+
+def score_information(
+    family: Family,
+    param_constraints: Sequence[Constraint],
+    stored: Sequence[Tensor],
+    draws: Tensor,
+) -> list[Tensor]:
+    """Diagonal of a family's Fisher information, by squared scores at draws of its own.
+
+    All draws of all factors in one backward pass, since no parameter is shared by factors.
+
+    Args:
+        family: The family, over a flat vector.
+        param_constraints: Constraints under which its parameters are stored.
+        stored: The stored parameters.
+        draws: Draws of the factors, shape ``(N, D)``.
+
+    Returns:
+        A tensor like each of the stored ones.
+    """
+    copies = tuple(x.detach().expand(len(draws), *x.shape).requires_grad_() for x in stored)
     with torch.enable_grad():
-        params = tuple(
-            transform_to(c)(x) for c, x in zip(guide.param_constraints, copies, strict=True)
-        )
+        params = tuple(transform_to(c)(x) for c, x in zip(param_constraints, copies, strict=True))
         log_q = family.log_prob(params, draws).sum()
         scores = torch.autograd.grad(log_q, copies, allow_unused=True, materialize_grads=True)
-    return {id(leaf): s.square().mean(0) for leaf, s in zip(stored, scores, strict=True)}
+    return [s.square().mean(0) for s in scores]
 
 
 def _squared_score(
