@@ -56,6 +56,7 @@ def adaptive_importance(
     generator: torch.Generator,
     tolerance: float = 0.01,
     max_evaluations: int = 50_000,
+    min_draws: int = 0,
     degrees_of_freedom: float | None = None,
 ) -> WeightedDraws:
     r"""Draw from a density of few dimensions, D up to about 25, by importance sampling.
@@ -73,6 +74,7 @@ def adaptive_importance(
         generator: Source of the scrambles.
         tolerance: Largest standard error to stop at, positive.
         max_evaluations: Budget of density evaluations; at least one round is drawn.
+        min_draws: Draws to return at least, if the budget allows it, however small their errors.
         degrees_of_freedom: Of the proposals, above 2; by default 7, and D where this is more, as
             heavy tails cost more the more dimensions there are.
 
@@ -112,6 +114,7 @@ def adaptive_importance(
         generator=generator,
         tolerance=tolerance,
         max_evaluations=max_evaluations,
+        min_draws=min_draws,
     )
 
 
@@ -122,6 +125,7 @@ def importance_from(
     generator: torch.Generator,
     tolerance: float = 0.01,
     max_evaluations: int = 50_000,
+    min_draws: int = 0,
     reference: Reference | None = None,
 ) -> WeightedDraws:
     r"""As :func:`adaptive_importance`, from a proposal of any kind, which is adapted as it can be.
@@ -136,6 +140,7 @@ def importance_from(
         generator: Source of the scrambles.
         tolerance: Largest standard error to stop at, positive.
         max_evaluations: Budget of density evaluations; at least one round is drawn.
+        min_draws: Draws to return at least, if the budget allows it, however small their errors.
         reference: Draws that know all modes, such as those the proposal was fitted to, with which
             the result is compared: a mode that no draw falls into shows in no weight.
 
@@ -183,7 +188,7 @@ def importance_from(
         enough = is_precise and len(rounds.proposals) >= _MIN_ROUNDS
         problems = _problems(draws, previous)
         spent = rounds.num_evaluations + _NETS * NET_SIZE > max_evaluations
-        if (enough and not problems) or spent:
+        if (enough and not problems and len(draws.z) >= min_draws) or spent:
             break
         previous = draws
         if is_adapting:

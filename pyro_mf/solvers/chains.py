@@ -111,6 +111,7 @@ class ChainRun:
             the farthest. If there is another mode, those do not agree with the others.
         num_chains: Number of chains.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
+        wanted_error: Asked between rounds for the error to stop at, ``max_error`` or smaller.
         generator: Source of randomness.
         report: Told the largest error now and then.
 
@@ -128,6 +129,7 @@ class ChainRun:
         scouts: Tensor,
         num_chains: int,
         max_error: float,
+        wanted_error: Callable[[], float],
         generator: torch.Generator,
         report: Callable[[float], None],
     ) -> None:
@@ -137,7 +139,7 @@ class ChainRun:
         z[num_chains - len(farthest) :] = scouts[farthest]
         self._chains = ParallelHMC(density, z, metric, generator=generator)
         self._names = layout.element_names()
-        self._max_error = max_error
+        self._max_error, self._wanted_error = max_error, wanted_error
         self._report = report
         self._kept = _Kept()
 
@@ -150,7 +152,7 @@ class ChainRun:
             self._kept.add(self._chains)
             found = self._kept.as_chains()
             self._report(found.largest_error)
-            if found.largest_error <= self._max_error and not found.problems(self._names):
+            if found.largest_error <= self._wanted_error() and not found.problems(self._names):
                 return
             if self._kept.count >= _LAST_WORD and self._kept.divergent > _MAX_DIVERGENT:
                 return

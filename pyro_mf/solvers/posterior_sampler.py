@@ -35,6 +35,9 @@ _NUM_SCOUTS = 32
 # Density values for importance sampling, and share of the rest of the budget for chains: what they
 # do not manage with that is for the next.
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
+# Draws by importance sampling at least, which are cheap, and share of the budget that chains may
+# take to become more precise than is needed.
+_MIN_DRAWS, _SPARE = 16_384, 0.2
 _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
 # Standard error of means and sds at which tempered draws are good enough to start a mixture from.
@@ -60,6 +63,7 @@ class PosteriorSampler:
         loc: Location of the Gaussian, shape ``(D,)``.
         scale: Its sds, shape ``(D,)``, or the Cholesky factor of its covariance, ``(D, D)``.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
+        aim: A smaller one, at which chains stop while a fifth of the budget is not yet spent.
         max_gradients: Budget, in gradients at 64 points each.
         generator: Source of randomness.
         report: Called with the progress.
@@ -76,12 +80,13 @@ class PosteriorSampler:
         scale: Tensor,
         *,
         max_error: float,
+        aim: float,
         max_gradients: int,
         generator: torch.Generator,
         report: Report,
     ) -> None:
         self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
-        self.max_error, self.max_gradients = max_error, max_gradients
+        self.max_error, self.aim, self.max_gradients = max_error, aim, max_gradients
         self.generator, self.report = generator, report
         self.notes: list[str] = []
         self.ending: StopReason = "converged"
@@ -171,6 +176,7 @@ class PosteriorSampler:
                 generator=self.generator,
                 tolerance=self.max_error,
                 max_evaluations=min(budget, _MAX_VALUES),
+                min_draws=_MIN_DRAWS,
             )
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['importance']} failed: {error}")
@@ -190,6 +196,7 @@ class PosteriorSampler:
                 scouts=self._scouts,
                 num_chains=_NUM_COSTLY_CHAINS if self.blocks.is_costly else _NUM_CHAINS,
                 max_error=self.max_error,
+                wanted_error=self._wanted_error,
                 generator=self.generator,
                 report=self._note_error,
             )
@@ -211,6 +218,11 @@ class PosteriorSampler:
         finally:
             self._limit = self.max_gradients
         return run.found()
+
+    def _wanted_error(self) -> float:
+        """The error at which chains stop, by what is spent of the budget."""
+        is_cheap = self.num_gradients <= _SPARE * self.max_gradients
+        return self.aim if is_cheap else self.max_error
 
     def _keep(self, found: Drawn | None) -> None:
         if found is not None:

@@ -179,7 +179,9 @@ def test_a_hundred_latents(target) -> None:
     result, loc, sd = fitted(target, tolerance=0.1)
     assert result.converged, result.message
     mean_error, sd_error = errors(result.log_joint, loc, sd, target.truth)
-    assert max(mean_error, sd_error) < 0.025  # a root mean square; no error is above 0.1
+    # Root mean squares of what eight standard errors keep below 0.1, and a fifth for chance: of
+    # equicorrelated latents all errors are one.
+    assert max(mean_error, sd_error) < 1.2 * 0.1 / 8
     assert result.eubo == pytest.approx(target.forward_kl, abs=Z * result.eubo_se + 0.05)
 
 

@@ -169,6 +169,22 @@ def test_says_when_the_budget_was_too_small():
     assert "spent after 1 of at least 3 rounds" in draws.problems[-1]
 
 
+@pytest.mark.parametrize(("budget", "count"), [(50_000, 10_240), (7000, 6144)])
+def test_draws_at_least_as_many_as_asked_if_the_budget_allows_it(budget, count):
+    target = equicorrelated(3)
+    draws = adaptive_importance(
+        target,
+        target.mean,
+        target.covariance,
+        generator=generator(),
+        tolerance=0.1,
+        max_evaluations=budget,
+        min_draws=10_000,
+    )
+    assert draws.trusted, draws.problems
+    assert len(draws.z) == count
+
+
 def test_draws_without_density_have_no_weight():
     # Half of a Gaussian: mean sqrt(2 / pi), variance 1 - 2 / pi, evidence 1/2; NaN or inf outside.
     def half(z):
