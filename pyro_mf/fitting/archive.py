@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from pyro_mf.convert.guide_draws import draw_guide
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import Layout, LogJoint
 from pyro_mf.density.prototype import run_prototype
-from pyro_mf.families import FAMILIES
+from pyro_mf.families import FAMILIES, Family
 from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
 from pyro_mf.fitting.response import Response
@@ -90,12 +90,15 @@ def load_result(
 
     saved = parse(path, read_file(path))
     is_flat = saved.guide["kind"] == "flat"
-    if guide is None and not (is_flat and saved.guide["family"] in FAMILIES):
+    families = saved.guide["families"] if is_flat else {}
+    if guide is None and not (is_flat and all(name in FAMILIES for name, _ in families.values())):
         raise CheckpointError(
             f"'{path}' holds a fit of the guide {saved.guide['class']}, which load cannot make. "
             "Give it a new one for the model as `guide`."
         )
-    family = saved.guide["family"] if guide is None else None
+    family = None
+    if guide is None:
+        family = _families(path, families)
     problem = read_problem(model, model_args, model_kwargs, guide, family)
     with forked_seed(0), poutine.block():
         prototype = run_prototype(problem.model, problem.model_args, problem.model_kwargs)
@@ -158,13 +161,33 @@ def _guide_content(guide: Any) -> dict[str, Any]:
     own = {"class": type(guide).__name__}
     if isinstance(guide, FlatGuide):
         sites = _describe(guide.layout)
-        return {**own, "kind": "flat", "family": guide.family.name, "sites": sites}
+        families = {site: [f.name, _options(f)] for site, f in guide.families.items()}
+        return {**own, "kind": "flat", "families": families, "sites": sites}
     if isinstance(guide, torch.nn.Module):
         return {**own, "kind": "module", "state": dict(guide.state_dict())}
     raise TypeError(
         f"the guide is a function ({getattr(guide, '__name__', guide)}), whose parameters are in "
         "Pyro's store. Save them with pyro.get_param_store().save(path)."
     )
+
+
+def _families(path: Path, saved: Mapping[str, Any]) -> dict[str, Family]:
+    """The families of a file's sites, made again.
+
+    Raises:
+        CheckpointError: If one has not the options that were saved.
+    """
+    try:
+        return {site: FAMILIES[name](**options) for site, (name, options) in saved.items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"'{path}' holds options that no family has: {error}") from error
+
+
+def _options(family: Family) -> dict[str, Any]:
+    """The fields from which a family can be made again."""
+    if not is_dataclass(family):
+        return {}
+    return {x.name: getattr(family, x.name) for x in fields(family) if x.init}
 
 
 def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
@@ -175,12 +198,10 @@ def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
             f"{type(guide).__name__}. Give a guide of the same kind."
         )
     if isinstance(guide, FlatGuide):
+        if not guide.is_set_up and guide.model is problem.model:
+            _check_sites(path, saved, run_prototype(problem.model, args, kwargs).full_layout)
         guide.setup(*args, **kwargs)
-        if (sites := _describe(guide.layout)) != saved.guide["sites"]:
-            raise CheckpointError(
-                f"'{path}' holds a fit of another model: {_difference(saved.guide['sites'], sites)}"
-                ". Give the model, and data of the size, that were fitted."
-            )
+        _check_sites(path, saved, guide.layout)
         best = saved.restarts[saved.fields["best"]].params
         try:
             guide.set_flat_params(best)
@@ -195,6 +216,19 @@ def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
         guide.load_state_dict(saved.guide["state"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"'{path}' holds a fit of another guide or model: {error}") from error
+
+
+def _check_sites(path: Path, saved: Saved, layout: Layout) -> None:
+    """Refuse a file of a model with other latent sites.
+
+    Raises:
+        CheckpointError: If it is one.
+    """
+    if (sites := _describe(layout)) != saved.guide["sites"]:
+        raise CheckpointError(
+            f"'{path}' holds a fit of another model: {_difference(saved.guide['sites'], sites)}"
+            ". Give the model, and data of the size, that were fitted."
+        )
 
 
 def _restore_parameters(

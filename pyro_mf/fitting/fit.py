@@ -16,7 +16,6 @@ from pyro.infer import ELBO
 from pyro_mf import _pyro
 from pyro_mf._errors import ConvergenceWarning, ModesWarning
 from pyro_mf.convert.vectorise import forked_seed
-from pyro_mf.families import Family
 from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.given_draws import read_draws
 from pyro_mf.fitting.problem import Limits, at_least, read_problem
@@ -26,6 +25,7 @@ from pyro_mf.fitting.restarts import Optimum, best_of, describe_modes
 from pyro_mf.fitting.result import FitResult
 from pyro_mf.fitting.starts import solve, solve_from_starts
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.guides.site_families import FamilySpec
 from pyro_mf.solvers.outcome import Progress
 
 
@@ -35,7 +35,7 @@ def fit(
     model_kwargs: Mapping[str, Any] | None = None,
     *,
     guide: Any | None = None,
-    family: str | Family | None = None,
+    family: FamilySpec | None = None,
     objective: ELBO | None = None,
     solver: str = "auto",
     draws: Any | None = None,
@@ -58,7 +58,9 @@ def fit(
         model_kwargs: Its keyword arguments.
         guide: A guide for the model, trained in place; by default a new
             :class:`~pyro_mf.AutoMeanField`.
-        family: Family of the factors of the guide that is made; ``"normal"`` by default.
+        family: Family of the factors of the guide that is made, as for
+            :class:`~pyro_mf.AutoMeanField`; ``"normal"`` by default. With ``"auto"`` the fit finds
+            out where Normal factors do not suffice, and says what it chose.
         objective: An objective in the manner of :class:`pyro.infer.ELBO`; by default
             :class:`~pyro_mf.ReverseKL`.
         solver: ``"deterministic"`` (fixed draws, second order: reverse KL, Normal factors, full

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyro_mf.convert.samples import check_arguments
 from pyro_mf.density import LogJoint
-from pyro_mf.families import Family
 from pyro_mf.guides import AutoMeanField
+from pyro_mf.guides.site_families import FamilySpec
 from pyro_mf.objectives import ForwardKL
 
 
@@ -56,7 +56,7 @@ def read_problem(
     model_args: tuple[Any, ...] = (),
     model_kwargs: Mapping[str, Any] | None = None,
     guide: Any | None = None,
-    family: str | Family | None = None,
+    family: FamilySpec | None = None,
     objective: ELBO | None = None,
 ) -> Problem:
     """Check what ``fit`` was given, and make the guide where none was given.

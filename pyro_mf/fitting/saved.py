@@ -93,7 +93,14 @@ def _guide(content: Mapping[str, Any]) -> dict[str, Any]:
             lengths = [name, support, *shape, *unconstrained_shape]
             _require(all(isinstance(x, str) for x in lengths[:2]), f"a site is {name!r}")
             _require(all(type(x) is int for x in lengths[2:]), f"the shape of {name!r} is {shape}")
-        return {**own, "family": _part(content, "family", str), "sites": sites}
+        families = _part(content, "families", dict)
+        for site, described in families.items():
+            is_pair = isinstance(described, list) and len(described) == 2
+            _require(
+                is_pair and isinstance(described[0], str) and isinstance(described[1], dict),
+                f"the family of {site!r} is {described!r}",
+            )
+        return {**own, "families": families, "sites": sites}
     _require(own["kind"] == "module", f"the kind of guide is {own['kind']!r}")
     return {**own, "state": _part(content, "state", dict)}
 

@@ -17,7 +17,9 @@ from torch.distributions import biject_to, constraints
 
 from pyro_mf._errors import ModelError
 from pyro_mf.families import Family, Normal
+from pyro_mf.families.protocol import event_dim_of
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.guides.site_families import cut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,39 +45,48 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """Independent one-dimensional factors over the flat unconstrained vector.
+    """Factors over the flat unconstrained vector.
 
     Args:
         family: Their family.
-        params: Its parameters, each ``(D,)``.
+        params: Its parameters.
     """
 
     family: Family
     params: tuple[Tensor, ...]
 
     def moments(self, site: Site) -> Moments | None:
-        """Moments of one site in the model's space; ``None`` unless mapped by element."""
+        """Moments of one site in the model's space; ``None`` unless mapped by element.
+
+        For vectors of a block family, too, ``None``: they are drawn.
+        """
         if not _is_elementwise(site):
             return None
         # In double precision, in which the tail of a wide factor does not overflow.
-        params = tuple(p[site.start : site.stop].double() for p in self.params)
-        if isinstance(self.family, Normal):
+        family, own = cut(self.family, self.params, site)
+        if event_dim_of(family):
+            return None
+        params = tuple(p.double() for p in own)
+        if isinstance(family, Normal):
             x, w = np.polynomial.hermite_e.hermegauss(_NODES)
             noise, weights = torch.as_tensor(x), torch.as_tensor(w / w.sum())
-            nodes = self.family.transform(params, noise.to(params[0])[:, None])
+            nodes = family.transform(params, _leading(noise.to(params[0]), site))
         else:
             grid = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID
             weights = torch.full_like(grid, 1 / _GRID)
-            nodes = self.family.quantile(params, grid.to(params[0].device)[:, None])
+            nodes = family.quantile(params, _leading(grid.to(params[0].device), site))
 
-        def constrained(u: Tensor) -> Tensor:
-            return site.transform(u.reshape(-1, *site.unconstrained_shape))  # type: ignore[no-any-return]
-
-        values = constrained(nodes)
+        values = site.transform(nodes)
         mean, sd = _mean_and_sd(values, weights.to(values))
-        at = torch.tensor(_PROBABILITIES, dtype=torch.float64, device=values.device)[:, None]
+        at = torch.tensor(_PROBABILITIES, dtype=torch.float64, device=values.device)
         # Sorted, since a map to a support with an upper bound turns the axis around.
-        return Moments(mean, sd, constrained(self.family.quantile(params, at)).sort(0).values)
+        ordered = site.transform(family.quantile(params, _leading(at, site))).sort(0).values
+        return Moments(mean, sd, ordered)
+
+
+def _leading(x: Tensor, site: Site) -> Tensor:
+    """Numbers ``(N,)`` along a dimension before those of a site."""
+    return x.reshape(-1, *[1] * len(site.unconstrained_shape))
 
 
 def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame:

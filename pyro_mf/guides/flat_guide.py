@@ -25,6 +25,7 @@ from pyro_mf.families import Family
 from pyro_mf.guides.plates import MinibatchPlates
 from pyro_mf.guides.prototype import InitFn, Model, Start, start_guide
 from pyro_mf.guides.site_families import (
+    AUTO,
     FamilySpec,
     cut,
     known_before_setup,
@@ -104,6 +105,16 @@ class FlatGuide(AutoGuide):
             )
         return self._family
 
+    @property
+    def families(self) -> dict[str, Family]:
+        """Every site's own family, by the site's name."""
+        return {site.name: own_family(self.family, site) for site in self.layout.sites}
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the choice of families is left to a fit."""
+        return self._family_spec == AUTO
+
     def family_over(self, layout: Layout) -> Family:
         """The family over another layout of the same sites, such as a minibatch's.
 
@@ -168,9 +179,7 @@ class FlatGuide(AutoGuide):
             return
         _pyro.own_parameters(self, names)
         values = self.family.init(start.loc, torch.full_like(start.loc, self.init_scale))
-        for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
-            setattr(self, name, PyroParam(value, constraint))
-        _pyro.own_parameters(self, names)
+        self._make_params(values)
         self._check_sizes(start.layout)
 
     # -- parameters --------------------------------------------------------------------------
@@ -270,6 +279,36 @@ class FlatGuide(AutoGuide):
         with torch.no_grad():
             views = cut(self.family, self.flat_leaves(), site)[1]
             views[index].copy_(transform_to(constraint).inv(value))
+
+    def adopt(self, family: FamilySpec, params: tuple[Tensor, ...] | None = None) -> None:
+        """Change the factors' families, with new parameters in place of the old ones.
+
+        Args:
+            family: As for the guide itself.
+            params: Parameters of the new families; by default the members nearest to the medians
+                and spreads of the old ones.
+
+        Raises:
+            FamilyError: If a family does not fit its site.
+        """
+        spec = read_spec(family)
+        new = resolve(spec, self.layout)
+        old = tuple(p.detach() for p in self.flat_params())
+        if params is None:
+            at = torch.tensor([[0.158655], [0.5], [0.841345]]).to(old[0])
+            low, median, high = self.family.quantile(old, at)
+            params = new.init(median, (high - low) / 2)
+        for name in self.family.param_names:
+            delattr(self, name)
+        self._family_spec, self._family, self._known_shapes = spec, new, None
+        self._make_params(tuple(p.detach().to(old[0]) for p in params))
+        self._check_sizes(self.layout)
+
+    def _make_params(self, values: tuple[Tensor, ...]) -> None:
+        names = self.family.param_names
+        for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
+            setattr(self, name, PyroParam(value, constraint))
+        _pyro.own_parameters(self, names)
 
     def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
         """Write the family's parameters, as :meth:`flat_params` gives them.

@@ -314,9 +314,29 @@ class TestRefused:
             {"seconds": {"fit": "x"}},
             {"notes": "abc"},
             {"guide": {}},
-            {"guide": {"class": "AutoMeanField", "kind": "flat", "family": "normal"}},
-            {"guide": {"class": "A", "kind": "flat", "family": "normal", "sites": [["z", 1]]}},
-            {"guide": {"class": "A", "kind": "other", "family": "normal", "sites": []}},
+            {
+                "guide": {
+                    "class": "AutoMeanField",
+                    "kind": "flat",
+                    "families": {"z": ["normal", {}]},
+                }
+            },
+            {
+                "guide": {
+                    "class": "A",
+                    "kind": "flat",
+                    "families": {"z": ["normal", {}]},
+                    "sites": [["z", 1]],
+                }
+            },
+            {
+                "guide": {
+                    "class": "A",
+                    "kind": "other",
+                    "families": {"z": ["normal", {}]},
+                    "sites": [],
+                }
+            },
             {"guide": []},
             {"data": None},
             {"model_params": {"a": 1.0}},
