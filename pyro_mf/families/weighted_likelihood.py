@@ -18,7 +18,7 @@ from torch.distributions.constraints import Constraint
 from pyro_mf.families.protocol import Family, Params
 
 _MAX_ROUNDS = 200
-_MAX_ELEMENTS = 2_000_000  # draws times columns that are computed at once: bounds the memory
+_MAX_ELEMENTS = 250_000  # draws times columns that are computed at once: bounds the memory
 _ENOUGH = 1e-11  # nats that a step promises to gain; far below what draws can tell
 _LONGEST = 3.0  # longest step in a stored parameter, most of which are logarithms
 _SHORTEST = 1e-8  # a step cut down to so little of its length is given up
@@ -82,7 +82,9 @@ def maximise(
     return tuple(transform_to(c)(p).to(u) for c, p in zip(param_constraints, shaped, strict=True))
 
 
-def maximise_on_own_axis(family: Family, u: Tensor, log_weights: Tensor) -> Params:
+def maximise_on_own_axis(
+    family: Family, u: Tensor, log_weights: Tensor, shapes: Sequence[tuple[float, ...]] = ()
+) -> Params:
     """Maximise the weighted likelihood of a family with locations and scales.
 
     Columns are standardised first, so what is found follows the draws when these are shifted and
@@ -93,6 +95,8 @@ def maximise_on_own_axis(family: Family, u: Tensor, log_weights: Tensor) -> Para
         family: An elementwise family whose first two parameters are location and scale.
         u: Draws, shape ``(S, D)``.
         log_weights: Log weights in nats, shape ``(S,)``; a constant added changes nothing.
+        shapes: Values for the parameters after location and scale, to start from as well: heavy
+            tails, say, from which far outliers do not lead astray.
 
     Returns:
         Constrained parameters. The scale is never less than a thousandth of the draws' spread:
@@ -105,10 +109,9 @@ def maximise_on_own_axis(family: Family, u: Tensor, log_weights: Tensor) -> Para
         (tensor([2.]), tensor([1.0000]))
     """
     own = standardised(u, log_weights)
-    starts = [
-        family.init(own.mean, own.sd),
-        family.init(torch.zeros_like(own.mean), torch.ones_like(own.mean)),
-    ]
+    zero, one = torch.zeros_like(own.mean), torch.ones_like(own.mean)
+    starts = [family.init(own.mean, own.sd), family.init(zero, one)]
+    starts += [(zero, one, *(one * value for value in shape)) for shape in shapes]
     wide_enough = (constraints.real, constraints.greater_than(LEAST_SCALE))
     loc, scale, *shape = maximise(
         family.log_prob, (*wide_enough, *family.constraints[2:]), starts, own.u, log_weights
