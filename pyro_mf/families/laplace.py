@@ -1,0 +1,93 @@
+"""Laplace factors: a peak at the median and exponential tails."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_mf.families.protocol import Params
+from pyro_mf.families.weighted_likelihood import LEAST_SCALE, standardised
+
+_LOG_2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Laplace:
+    r"""Laplace factors, with density :math:`e^{-|u - \mu|/s} / (2 s)`.
+
+    The transform is monotone in its standard normal noise.
+
+    Example:
+        >>> family = Laplace()
+        >>> params = family.init(torch.zeros(2), torch.ones(2))  # mean 0, standard deviation 1
+        >>> family.quantile(params, torch.tensor(0.975))
+        tensor([2.1183, 2.1183])
+    """
+
+    @property
+    def name(self) -> str:
+        """``"laplace"``."""
+        return "laplace"
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """``("loc", "scale")``."""
+        return ("loc", "scale")
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Real and positive."""
+        return (constraints.real, constraints.positive)
+
+    def init(self, loc: Tensor, scale: Tensor) -> Params:
+        """The member with mean ``loc`` and standard deviation ``scale``."""
+        return (loc, scale * math.sqrt(0.5))
+
+    def noise(
+        self,
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        """Draw standard normal noise."""
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def transform(self, params: Params, noise: Tensor) -> Tensor:
+        """The quantile at the noise's own probability."""
+        loc, scale = params
+        distance: Tensor = -_LOG_2 - torch.special.log_ndtr(-noise.abs())
+        return loc + scale * noise.sign() * distance
+
+    def log_prob(self, params: Params, u: Tensor) -> Tensor:
+        """Log density of every element, in nats."""
+        loc, scale = params
+        return -((u - loc) / scale).abs() - scale.log() - _LOG_2
+
+    def entropy(self, params: Params) -> Tensor:
+        """Entropy of every element, in nats."""
+        return params[1].log() + (1.0 + _LOG_2)
+
+    def quantile(self, params: Params, p: Tensor) -> Tensor:
+        """Value below which the probability is ``p``."""
+        loc, scale = params
+        p = p.to(loc.dtype)
+        distance = -(2.0 * torch.minimum(p, 1.0 - p)).log()
+        return loc + scale * (p - 0.5).sign() * distance
+
+    def distribution(self, params: Params) -> Distribution:
+        """A Laplace with batch shape that of the parameters."""
+        loc, scale = params
+        return torch.distributions.Laplace(loc, scale)
+
+    def fit_weighted(self, u: Tensor, log_weights: Tensor) -> Params:
+        """Weighted median and mean distance from it, which maximise the weighted likelihood."""
+        own = standardised(u, log_weights)
+        weights = torch.softmax(log_weights.double(), 0)
+        distance = (weights @ own.u.abs()).clamp_min(LEAST_SCALE)
+        return own.loc.to(u), (own.scale * distance).to(u)
