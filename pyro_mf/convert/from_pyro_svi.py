@@ -202,7 +202,9 @@ def _vi_fit(
     if is_factorised(guide):
         coords["latent"] = guide.layout.element_names()
         for param, value in zip(guide.family.param_names, guide.flat_params(), strict=True):
-            arrays[param], dims[param] = value, ["latent"]
+            arrays[param] = value
+            if value.shape == (guide.layout.size,):  # not those of some sites' own families
+                dims[param] = ["latent"]
     return to_dataset(arrays, Axes(dims=dims, coords=coords))
 
 

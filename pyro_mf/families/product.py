@@ -148,11 +148,11 @@ class Product:
         device: torch.device | None = None,
     ) -> Tensor:
         """Noise of all parts side by side, shape ``(S, M)`` for values ``(S, D)``."""
-        drawn = [
-            part.family.noise((*shape[:-1], *part.batch), dtype=dtype, device=device)
-            for part in self.parts
-        ]
-        return torch.cat([x.reshape(*shape[:-1], -1) for x in drawn], -1)
+        drawn = []
+        for part in self.parts:
+            own = part.family.noise((*shape[:-1], *part.batch), dtype=dtype, device=device)
+            drawn.append(own.reshape(*shape[:-1], part.noise_shape.numel()))
+        return torch.cat(drawn, -1)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Map noise to values ``(S, D)``, part by part."""

@@ -100,7 +100,8 @@ def _is_forward(problem: Problem) -> bool:
 
 def _fast(problem: Problem, solver: SolverName, *, has_draws: bool) -> Choice:
     if not isinstance(problem.objective, ForwardKL):
-        factors = f"{problem.guide.family.name} factors"
+        guide = problem.guide
+        factors = "families to choose" if guide.is_auto else f"{guide.family.name} factors"
         return Choice(solver, f"reverse KL, {factors}, full data, differentiable log density")
     reason = "forward KL, full data, "
     reason += "draws are given" if has_draws else "differentiable log density"

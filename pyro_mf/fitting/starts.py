@@ -15,6 +15,7 @@ from pyro_mf.fitting.problem import Limits, Problem
 from pyro_mf.fitting.restarts import Optimum, best_of, current_params
 from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides.flat_guide import FlatGuide
+from pyro_mf.solvers.auto_families import solve_auto
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 from pyro_mf.solvers.outcome import Report
@@ -52,7 +53,11 @@ def solve(
     """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
     options = limits.options("max_gradients")
-    if choice.solver == "deterministic" and isinstance(guide.family, Normal):
+    if choice.solver == "deterministic" and guide.is_auto:
+        outcome = solve_auto(
+            problem.log_joint, guide, seed=seed, report=report, disperse=disperse, **options
+        )
+    elif choice.solver == "deterministic" and isinstance(guide.family, Normal):
         outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
     elif choice.solver == "deterministic":
         outcome = solve_pathwise(
@@ -123,7 +128,9 @@ def solve_from_starts(
         return (only,), ()
     seeds = [seed + k for k in range(num)]
     reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]
-    together = choice.solver == "deterministic" and isinstance(problem.guide.family, Normal)
+    guide = problem.guide
+    is_normal = choice.solver == "deterministic" and isinstance(guide.family, Normal)
+    together = is_normal and not guide.is_auto
     run = _together if together else _one_by_one
     ends = run(problem, choice, seeds, reports, limits)
     failures = [(k, end) for k, end in enumerate(ends) if isinstance(end, Exception)]
@@ -161,8 +168,10 @@ def _one_by_one(
     """One start after another, the first from the guide's own values."""
     ends: list[Optimum | Exception] = []
     own_start = current_params(problem.guide)
+    is_auto = problem.guide.is_auto
     for k, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
-        problem.guide.set_flat_params(own_start)
+        if not is_auto:  # whose first fit chose families, with other parameters
+            problem.guide.set_flat_params(own_start)
         try:
             end = solve(
                 problem,

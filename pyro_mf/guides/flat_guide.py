@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_mf import _pyro
-from pyro_mf._errors import GuideMismatchError, GuideNotSetUpError
+from pyro_mf._errors import FamilyError, GuideMismatchError, GuideNotSetUpError
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.families import Family
 from pyro_mf.guides.plates import MinibatchPlates
@@ -305,7 +305,18 @@ class FlatGuide(AutoGuide):
         self._check_sizes(self.layout)
 
     def _make_params(self, values: tuple[Tensor, ...]) -> None:
+        """Create the parameters.
+
+        Raises:
+            FamilyError: If the guide has another attribute of the same name.
+        """
         names = self.family.param_names
+        taken = [name for name in names if hasattr(type(self), name)]
+        if taken:
+            raise FamilyError(
+                f"family '{self.family.name}' calls a parameter '{taken[0]}', which is an "
+                f"attribute of {type(self).__name__}. Give it another name."
+            )
         for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
             setattr(self, name, PyroParam(value, constraint))
         _pyro.own_parameters(self, names)

@@ -20,7 +20,10 @@ class FactorisedGuide(Protocol):
     works on a captured graph. Everything below ``setup`` needs the guide to be set up.
     """
 
-    model: Callable[..., Any]
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model that the guide was made for."""
+        ...
 
     @property
     def family(self) -> Family:

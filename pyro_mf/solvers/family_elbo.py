@@ -76,7 +76,7 @@ class FamilyELBO:
             z = self._family.transform(params, self._noise)
             entropy = self._entropy(params, z).mean()
             values, gradients = self.blocks.value_and_grad(z.detach())
-            value = float(-values.mean() - entropy)
+            value = float(-values.mean() - entropy.detach())
             if not math.isfinite(value):
                 self._meter.count(self.num_draws, x, math.inf)
                 return math.inf, torch.zeros_like(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ _INIT_SCALE = 0.1
 START_TOLERANCE = 0.3  # it is only a start
 
 
+class NormalStart(NamedTuple):
+    """Normal factors from which another fit starts.
+
+    Args:
+        outcome: How their own fit ended; ``None`` where there was none.
+        loc: Their locations, shape ``(D,)``, in double precision.
+        scale: Their scales.
+    """
+
+    outcome: Outcome | None
+    loc: Tensor
+    scale: Tensor
+
+
 def fit_normal(
     log_joint: LogJoint,
     guide: FactorisedGuide,
@@ -26,7 +40,7 @@ def fit_normal(
     max_gradients: int = 5000,
     disperse: bool = False,
     report: Report = silent,
-) -> tuple[Outcome | None, Tensor, Tensor]:
+) -> NormalStart:
     """Fit Normal factors of the reverse KL, in a guide of their own unless this one has them.
 
     Args:
@@ -38,8 +52,8 @@ def fit_normal(
         report: Called with the progress.
 
     Returns:
-        The outcome, location and scale, each ``(D,)`` in double precision. Angles have no Normal
-        optimum: for models with angles there is no outcome, and the location is the guide's median.
+        The start. Angles have no Normal optimum: for models with angles there is no outcome, and
+        the location is the guide's median.
 
     Raises:
         ModelError: If no start was found.
@@ -49,7 +63,8 @@ def fit_normal(
         own = guide.flat_params()
         median = guide.family.quantile(own, torch.tensor(0.5).to(own[0])).detach()
         if any(site.is_circular for site in guide.layout.sites):
-            return None, median.double().cpu(), torch.ones_like(median, dtype=torch.float64)
+            median = median.double().cpu()
+            return NormalStart(None, median, torch.ones_like(median))
         normal = AutoMeanField(log_joint.model)
         normal.setup(*log_joint.model_args, **log_joint.model_kwargs)
         normal.set_flat_params((median, torch.full_like(median, _INIT_SCALE)))
@@ -63,4 +78,4 @@ def fit_normal(
         report=report,
     )
     loc, scale = (p.detach().double().cpu() for p in normal.flat_params())
-    return outcome, loc, scale
+    return NormalStart(outcome, loc, scale)

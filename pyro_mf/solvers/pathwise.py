@@ -18,7 +18,7 @@ from pyro_mf.solvers.family_elbo import FamilyELBO
 from pyro_mf.solvers.fixed_draw_elbo import estimate_from
 from pyro_mf.solvers.meter import BudgetSpentError, Meter
 from pyro_mf.solvers.minimise import lbfgs
-from pyro_mf.solvers.normal_start import fit_normal
+from pyro_mf.solvers.normal_start import NormalStart, fit_normal
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 
 _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 128, 2048, 1024
@@ -26,6 +26,7 @@ _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 32, 128
 _PER_ELEMENT = 4  # draws for each element of the largest block, whose covariance they must span
 _MAX_ITERATIONS = 300
 _MAX_SHRINKS = 20
+_SURE = 1.0  # nats by which they are, whatever the standard error
 _Z = 2.0  # standard errors by which Normal factors must be better to be preferred
 _REFUSAL = "linear response is for Normal factors"
 
@@ -38,6 +39,7 @@ def solve_pathwise(
     tolerance: float = 0.1,
     max_gradients: int = 5000,
     disperse: bool = False,
+    start: NormalStart | None = None,
     report: Report = silent,
 ) -> Outcome:
     """Fit factors of any family by minimising the negative ELBO over fixed noise.
@@ -54,6 +56,7 @@ def solve_pathwise(
             doubled.
         max_gradients: Gradients of the ELBO after which the run ends.
         disperse: Start at a random point of the seed's.
+        start: The optimum of Normal factors, where it is known.
         report: Called with the progress.
 
     Returns:
@@ -63,21 +66,24 @@ def solve_pathwise(
         ModelError: If no finite starting point was found.
     """
     began = time.perf_counter()
-    start, loc, scale = fit_normal(
-        log_joint,
-        guide,
-        seed=seed,
-        max_gradients=max_gradients,
-        disperse=disperse,
-        report=report,
-    )
-    if start is not None and start.stop_reason == "interrupted":
-        return replace(start, response=None, refusal=_REFUSAL)
-    spent = 0 if start is None else start.num_gradients
+    if start is None:
+        start = fit_normal(
+            log_joint,
+            guide,
+            seed=seed,
+            max_gradients=max_gradients,
+            disperse=disperse,
+            report=report,
+        )
+    first = guide.family.init(start.loc, start.scale)
+    if start.outcome is not None and start.outcome.stop_reason == "interrupted":
+        guide.set_flat_params(tuple(p.to(guide.flat_leaves()[0]) for p in first))
+        return replace(start.outcome, response=None, refusal=_REFUSAL)
+    spent = 0 if start.outcome is None else start.outcome.num_gradients
     meter = Meter(max(1, max_gradients - spent), report)
-    meter.losses = [] if start is None else list(start.losses)
+    meter.losses = [] if start.outcome is None else list(start.outcome.losses)
     run = _Run(Blocks(log_joint), guide, seed, tolerance, meter)
-    reason, message = run.solve(guide.family.init(loc, scale))
+    reason, message = run.solve(first)
     return Outcome(
         elbo=run.elbo,
         elbo_se=run.elbo_se,
@@ -197,7 +203,7 @@ class _Run:
     def _compare(self, first: Tensor) -> None:
         """Say by how much the ELBO is above that of the start, and go back there if it is below."""
         gain = estimate_from(self.fresh.pair_elbos(self.x) - self.fresh.pair_elbos(first))
-        if gain.elbo < -_Z * gain.se:
+        if gain.elbo < min(0.0, max(-_Z * gain.se, -_SURE)):
             self._keep(first)
             self.notes.append(
                 "the optimum over the fixed draws had a lower ELBO at fresh ones than the start at "
