@@ -103,9 +103,8 @@ class CapturedELBO:
         with torch.no_grad():
             places = None if position is None else param_index(self.guide.family, position)
             stored = leaves if places is None else tuple(map(_at, leaves, places))
-            like, size = stored[0], prototype.layout.size
             family = graph.family
-            noise = family.noise((num_particles, size), dtype=like.dtype, device=like.device)
+            noise = graph.noise(num_particles, stored[0])
             inputs = graph.program.inputs(args, kwargs, indices)
             try:
                 loss, check, *gradients = graph.run(noise, *stored, *inputs.flat())

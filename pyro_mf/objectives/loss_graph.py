@@ -8,6 +8,7 @@ from torch.distributions import transform_to
 
 from pyro_mf.density.capture import PureFunction
 from pyro_mf.density.program import Batch, Program, difference
+from pyro_mf.families.stratified import noise_like, weighted_draws
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.objectives.entropy import EntropyEstimator
 
@@ -50,6 +51,15 @@ class LossGraph:
         constraints = self._guide.param_constraints
         return tuple(transform_to(c)(x) for c, x in zip(constraints, stored, strict=True))
 
+    def noise(self, num_draws: int, like: Tensor) -> Tensor:
+        """The family's noise for S draws; for S of every component, where it is a mixture.
+
+        Args:
+            num_draws: Number of draws S.
+            like: A tensor whose dtype and device it gets.
+        """
+        return noise_like(self.family, num_draws, self.program.prototype.layout.size, like)
+
     def run(self, noise: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Loss, a number that is finite where everything is, and all gradients.
 
@@ -79,11 +89,11 @@ class LossGraph:
                 stored = tuple(p.detach().requires_grad_(True) for p in tensors[:num_params])
                 params = self.constrain(stored)
                 leaves = tuple(p.detach().requires_grad_(True) for p in inputs.params)
-                z = family.transform(params, noise)
-                log_joint = batch(z, inputs._replace(params=leaves)).mean()
+                z, weights = weighted_draws(family, params, noise)
+                log_joint = (weights * batch(z, inputs._replace(params=leaves))).sum()
                 per_element = entropy.per_element(family, params, z)
                 if per_element.dim() > 1:
-                    per_element = per_element.mean(0)
+                    per_element = (weights[:, None] * per_element).sum(0)
                 scale = self._scale.to(per_element)
                 loss = -(log_joint + (scale * per_element).sum())
                 gradients = torch.autograd.grad(

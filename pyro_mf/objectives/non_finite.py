@@ -13,6 +13,7 @@ from pyro_mf.density.checks import invalid_data, is_data
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Program
 from pyro_mf.families import Family
+from pyro_mf.families.stratified import weighted_draws
 
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -43,12 +44,13 @@ def raise_non_finite(
         bad = ~torch.isfinite(value)
         if bool(bad.any()):
             elements = program.prototype.layout.element_names()
-            first = elements[int(bad.nonzero()[0])]
+            index = int(bad.nonzero()[0, 0])
+            first = elements[index] if len(bad) == len(elements) else f"{name}[{index}]"
             raise NonFiniteError(
                 f"the guide's parameter '{name}' is not finite at {int(bad.sum())} elements, first "
                 f"'{first}'. Something set it outside of this objective; set up a new guide."
             )
-    for draw in family.transform(params, noise):
+    for draw in weighted_draws(family, params, noise)[0]:
         try:
             place = _first_site(program, draw, inputs)
         except LinAlgError as error:

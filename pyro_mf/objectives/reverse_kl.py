@@ -123,12 +123,16 @@ class ReverseKL(ELBO):
             return WithGradients.apply(loss, gradients, *tensors)  # type: ignore[no-any-return,no-untyped-call]
         return self._general_loss(model, guide, args, kwargs)
 
-    def _general_loss(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Tensor:
+    def _general_loss(self, model: Fn, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        is_mixture = hasattr(type(guide), "strata")
+        strata = guide.strata(*args, **kwargs) if is_mixture else [(1.0, guide)]
         elbos = [
-            traced_elbo(model, guide, args, kwargs, self.entropy, self.max_plate_nesting)
+            weight * traced_elbo(model, part, args, kwargs, self.entropy, self.max_plate_nesting)
             for _ in range(self.num_particles)
+            for weight, part in strata
         ]
-        return -torch.stack(elbos).mean()
+        total: Tensor = torch.stack(elbos).sum()
+        return -total / self.num_particles
 
     def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(
