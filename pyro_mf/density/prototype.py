@@ -136,7 +136,7 @@ def run_prototype(
     check_shapes(trace)
     check_supports_are_fixed(continuous, run)
     like: Any = next((node["value"] for node in continuous.values()), torch.empty(0))
-    plates = {n: _plates(node) for n, node in nodes.items()}
+    plates = {n: plates_of(node) for n, node in nodes.items()}
     subsampled = {p.name: p for ps in plates.values() for p in ps if p.is_subsampled}
     params = {
         name: _pyro.param_leaf(node)
@@ -163,12 +163,17 @@ def run_prototype(
 
 def _event_dim(node: Any) -> int:
     if _pyro.is_deterministic(node):
-        nesting = max((-p.dim for p in _plates(node)), default=0)
+        nesting = max((-p.dim for p in plates_of(node)), default=0)
         return max(0, int(node["value"].dim()) - nesting)
     return int(node["fn"].event_dim)
 
 
-def _plates(node: Any) -> tuple[Plate, ...]:
+def plates_of(node: Any) -> tuple[Plate, ...]:
+    """The vectorised plates around a site of a trace, outermost first.
+
+    Args:
+        node: The site.
+    """
     plates = [
         Plate(f.name, f.dim, f.size, f.full_size or f.size)
         for f in node["cond_indep_stack"]

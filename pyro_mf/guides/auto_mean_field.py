@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_mf._errors import GuideMismatchError
-from pyro_mf.density.sites import Site
+from pyro_mf.density.sites import Plate, Site
 from pyro_mf.families import Family
 from pyro_mf.families.protocol import event_dim_of
+from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.factors import as_pyro, factor_of
-from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.plates import as_plates
 from pyro_mf.guides.prototype import InitFn, Model, init_to_origin, model_indices, read_call
 from pyro_mf.guides.site_families import FamilySpec, cut
 
 
-class AutoMeanField(FlatGuide):
+class AutoMeanField(DiscreteGuide):
     r"""Mean-field guide: :math:`q(z) = \prod_d q_d(z_d)` on the unconstrained space.
 
     Each latent site is sampled once, under its own name, from a distribution that can score any
@@ -32,7 +32,8 @@ class AutoMeanField(FlatGuide):
     score values the guide did not draw included.
 
     Latents that Pyro can enumerate are left out of the guide, for the objective to sum out (with
-    stock objectives: ``TraceEnum_ELBO`` on ``config_enumerate(model)``).
+    stock objectives: ``TraceEnum_ELBO`` on ``config_enumerate(model)``). Those for which a discrete
+    family is named, as in ``family={"k": "categorical"}``, have factors: ``guide.probs("k")``.
 
     Parameters are flat, one tensor of shape ``(D,)`` per parameter of the family (``guide.loc``,
     ``guide.scale``); ``guide.locs.theta`` and ``guide.scales.theta`` read and write one site's
@@ -43,7 +44,7 @@ class AutoMeanField(FlatGuide):
         model: A Pyro model.
         family: The factors' family: a name, or an object with the methods of
             :class:`~pyro_mf.families.Family`; a dict of them by site (sites that it leaves out are
-            ``"auto"``); a function of the :class:`~pyro_mf.density.sites.Site`; or ``"auto"``.
+            ``"auto"``), discrete sites included; a function of the :class:`~pyro_mf.density.sites.Site`; or ``"auto"``.
         init_loc_fn: Per-site initial value in the model's space, as in Pyro's autoguides; the
             default is zero on the unconstrained axis and samples nothing.
         init_scale: Initial standard deviation on the unconstrained axis, positive.
@@ -53,8 +54,10 @@ class AutoMeanField(FlatGuide):
     Raises:
         TypeError: If ``model`` or ``init_loc_fn`` cannot be called or ``init_scale`` is no number.
         ValueError: If ``init_scale`` is not positive or the family is unknown.
+        FamilyError: At setup, if a family does not fit its site.
 
     Example:
+        >>> import pyro.distributions as dist
         >>> def model(x):
         ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
         ...     with pyro.plate("data", len(x)):
@@ -100,14 +103,16 @@ class AutoMeanField(FlatGuide):
         """
         self.setup(*args, **kwargs)
         self._check_call(args, kwargs)
-        params = self.flat_params()
+        params = self.flat_params() if self.layout.sites else ()
         plates = self._create_plates(*args, **kwargs)
         result = {}
         for site in self.layout.sites:
-            with ExitStack() as stack:
-                for plate in site.plates:
-                    stack.enter_context(plates[plate.name])
+            with _inside(site.plates, plates):
                 result[site.name] = pyro.sample(site.name, self._factor(site, params, plates))
+        for own in self.discrete_sites:
+            factor = self._discrete_factor(own, plates)
+            with _inside(own.plates, plates):
+                result[own.name] = pyro.sample(own.name, factor, infer={"enumerate": "parallel"})
         return result
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +147,9 @@ class AutoMeanField(FlatGuide):
         """Look at the model again when the arguments have shapes that were not seen before."""
         key = _call_key(args, kwargs)
         if key not in self._calls and self._model is not None:
-            self._minibatch = read_call(self.model, self.layout, self._minibatch, args, kwargs)
+            self._minibatch = read_call(
+                self.model, self.layout, self._minibatch, args, kwargs, self._discrete
+            )
             self._calls.add(key)
 
     # -- densities, draws, summaries -------------------------------------------------------------
@@ -174,14 +181,18 @@ class AutoMeanField(FlatGuide):
         Raises:
             GuideMismatchError: If a site is missing.
         """
-        missing = [site.name for site in self.layout.sites if site.name not in values]
+        names = [site.name for site in self.layout.sites]
+        names += [site.name for site in self.discrete_sites]
+        missing = [name for name in names if name not in values]
         if missing:
             raise GuideMismatchError(
                 f"log_prob needs a value for every latent site of the guide; {missing} are missing "
                 f"from {list(values)}."
             )
+        if not self.layout.sites:
+            return torch.as_tensor(self._discrete_log_prob(values))
         z = self.layout.unconstrain(values)
-        total = self.log_prob_unconstrained(z)
+        total = self._discrete_log_prob(values) + self.log_prob_unconstrained(z)
         unconstrained = self.layout.unpack(z)
         for site in self.layout.sites:
             if not site.is_real:
@@ -219,21 +230,24 @@ class AutoMeanField(FlatGuide):
         Returns:
             For every site a tensor ``(S, *shape)``, without a gradient.
         """
-        return self.layout.constrain(self.sample_unconstrained(num_draws))
+        values = self.layout.constrain(self.sample_unconstrained(num_draws))
+        return values | self._sample_discrete(num_draws)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Median of every latent site, plates at full size.
 
-        For vector supports such as the simplex this is the image of the unconstrained medians.
+        For vector supports such as the simplex this is the image of the unconstrained medians, for
+        discrete sites that have factors the most probable value.
         Arguments are accepted, as in Pyro's autoguides, and not used.
         """
-        return {name: value.squeeze(0) for name, value in self.quantiles([0.5]).items()}
+        medians = {name: value.squeeze(0) for name, value in self.quantiles([0.5]).items()}
+        return medians | self._modes()
 
     @torch.no_grad()
     def quantiles(
         self, quantiles: Iterable[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Quantiles of every latent site, plates at full size.
+        """Quantiles of every continuous latent site, plates at full size.
 
         Args:
             quantiles: Q probabilities between 0 and 1.
@@ -253,6 +267,15 @@ class AutoMeanField(FlatGuide):
         if not bool(((p > 0) & (p < 1)).all()):
             raise ValueError(f"quantiles must lie strictly between 0 and 1; got {listed}.")
         return layout.constrain(self.family.quantile(params, p))
+
+
+@contextmanager
+def _inside(around: Iterable[Plate], plates: Mapping[str, Any]) -> Iterator[None]:
+    """The plates around a site."""
+    with ExitStack() as stack:
+        for plate in around:
+            stack.enter_context(plates[plate.name])
+        yield
 
 
 def _check_divisible(family: Family, site: Site) -> None:

@@ -22,6 +22,7 @@ from pyro_mf import _pyro
 from pyro_mf._errors import FamilyError, GuideMismatchError, GuideNotSetUpError
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.families import Family
+from pyro_mf.guides.discrete_factors import DiscreteSite, split_spec, without_discrete
 from pyro_mf.guides.plates import MinibatchPlates
 from pyro_mf.guides.prototype import InitFn, Model, Start, start_guide
 from pyro_mf.guides.site_families import (
@@ -67,7 +68,8 @@ class FlatGuide(AutoGuide):
             if not callable(value):
                 raise TypeError(f"{name} must be callable; got {type(value).__name__}.")
         super().__init__(model, create_plates=create_plates)  # type: ignore[no-untyped-call]
-        self._family_spec = read_spec(family)
+        self._family_spec, self._discrete_spec = split_spec(family)
+        self._discrete: tuple[DiscreteSite, ...] = ()
         self._family = known_before_setup(self._family_spec)
         self.init_loc_fn = init_loc_fn
         self.init_scale = _positive_number(init_scale)
@@ -158,9 +160,13 @@ class FlatGuide(AutoGuide):
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        start = start_guide(self.model, self._whole_model(), self.init_loc_fn, args, kwargs)
+        start = start_guide(
+            self.model, self._whole_model(), self.init_loc_fn, args, kwargs, self._discrete_spec
+        )
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(start.trace)
+        self._discrete = start.discrete
+        self._family_spec = without_discrete(self._family_spec, start.summed_out)
         self._family = resolve(self._family_spec, start.layout)
         self._create_params(start)
         self._layout = start.layout
@@ -173,7 +179,7 @@ class FlatGuide(AutoGuide):
         return self.model if self.master is None else self.master().model
 
     def _create_params(self, start: Start) -> None:
-        names = self.family.param_names
+        names = self._own_names
         if all(f"{name}_unconstrained" in self._parameters for name in names):
             self._check_loaded(start.layout)  # a state_dict came first
             return
@@ -191,7 +197,7 @@ class FlatGuide(AutoGuide):
         Handlers around the call see them read, so ``SVI.step`` optimises them.
         """
         layout = self.layout
-        _pyro.own_parameters(self, self.family.param_names)
+        _pyro.own_parameters(self, self._own_names)
         params = tuple(getattr(self, name) for name in self.family.param_names)
         if [p.shape for p in params] != self._shapes(layout):
             self._check_sizes(layout)
@@ -205,7 +211,7 @@ class FlatGuide(AutoGuide):
         """
         names, shapes = self.family.param_names, self._shapes(self.layout)
         leaves = tuple(self.get_parameter(f"{name}_unconstrained") for name in names)
-        if _pyro.holds_parameters(self, names) and [x.shape for x in leaves] == shapes:
+        if _pyro.holds_parameters(self, self._own_names) and [x.shape for x in leaves] == shapes:
             for name, leaf in zip(names, leaves, strict=True):
                 _pyro.emit_param(f"{self._pyro_name}.{name}", leaf)
             return leaves
@@ -319,7 +325,12 @@ class FlatGuide(AutoGuide):
             )
         for name, value, constraint in zip(names, values, self.param_constraints, strict=True):
             setattr(self, name, PyroParam(value, constraint))
-        _pyro.own_parameters(self, names)
+        _pyro.own_parameters(self, self._own_names)
+
+    @property
+    def _own_names(self) -> tuple[str, ...]:
+        """Names of all parameters of the guide."""
+        return self.family.param_names
 
     def set_flat_params(self, params: tuple[Tensor, ...]) -> None:
         """Write the family's parameters, as :meth:`flat_params` gives them.
@@ -378,7 +389,8 @@ class FlatGuide(AutoGuide):
 
         JSON in a byte tensor: whoever walks a ``state_dict`` expects tensors.
         """
-        sites = _site_shapes(self._layout) if self._layout is not None else self._loaded_sites
+        layout = self._layout
+        sites = self._saved_shapes(layout) if layout is not None else self._loaded_sites
         return torch.tensor(list(json.dumps(sites).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -386,6 +398,9 @@ class FlatGuide(AutoGuide):
         self._loaded_sites = json.loads(bytes(state.tolist()).decode())
         if self._layout is not None:
             self._check_loaded(self._layout)
+
+    def _saved_shapes(self, layout: Layout) -> dict[str, list[int]]:
+        return {site.name: list(site.unconstrained_shape) for site in layout.sites}
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -400,7 +415,7 @@ class FlatGuide(AutoGuide):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_loaded(self, layout: Layout) -> None:
-        sites = _site_shapes(layout)
+        sites = self._saved_shapes(layout)
         loaded = self._loaded_sites
         if loaded is not None and list(loaded.items()) != list(sites.items()):
             raise GuideMismatchError(
@@ -439,7 +454,3 @@ def _positive_number(value: float | Tensor) -> float:
     if not 0.0 < value < float("inf"):
         raise ValueError(f"{expected}; got {value}.")
     return float(value)
-
-
-def _site_shapes(layout: Layout) -> dict[str, list[int]]:
-    return {site.name: list(site.unconstrained_shape) for site in layout.sites}

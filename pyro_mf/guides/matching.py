@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyro_mf._errors import GuideMismatchError
-from pyro_mf.density.sites import Layout, Site
+from pyro_mf.density.sites import Layout, Plate, Site
 
 
 def check_same_sites(layout_model: Layout, layout_guide: Layout) -> None:
@@ -28,7 +28,7 @@ def check_same_sites(layout_model: Layout, layout_guide: Layout) -> None:
             "Make a new guide for this model."
         )
     for name, site in model.items():
-        _check_plates(site, guide[name])
+        check_plates(name, site.plates, guide[name].plates)
         _check_shape(site, guide[name])
     if list(model) != list(guide):
         raise GuideMismatchError(
@@ -37,12 +37,22 @@ def check_same_sites(layout_model: Layout, layout_guide: Layout) -> None:
         )
 
 
-def _check_plates(model: Site, guide: Site) -> None:
-    sizes = {plate.name: plate.full_size for plate in guide.plates}
-    for plate in model.plates:
+def check_plates(name: str, model: tuple[Plate, ...], guide: tuple[Plate, ...]) -> None:
+    """Raise if plates around a site have another size than those that a guide was set up for.
+
+    Args:
+        name: The site's name.
+        model: Plates around it in the model, as it is called now.
+        guide: Plates around it as the guide knows them.
+
+    Raises:
+        GuideMismatchError: If one has another full size.
+    """
+    sizes = {plate.name: plate.full_size for plate in guide}
+    for plate in model:
         if sizes.get(plate.name, plate.full_size) != plate.full_size:
             raise GuideMismatchError(
-                f"plate '{plate.name}' around latent site '{model.name}' has size "
+                f"plate '{plate.name}' around latent site '{name}' has size "
                 f"{plate.full_size}, but the guide was set up for size {sizes[plate.name]}. "
                 "Make a new guide for data of another size. If this is a minibatch, say so in the "
                 f'model: pyro.plate("{plate.name}", full_size, subsample=indices).'

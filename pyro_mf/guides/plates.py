@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf._errors import GuideMismatchError, MinibatchWarning, ModelError
-from pyro_mf.density.sites import Site
+from pyro_mf.density.sites import Plate, Site
 
 AskModel: TypeAlias = Callable[[frozenset[str]], dict[str, Tensor]]
 """Gives the indices that the model visits in this call, for plates by name."""
@@ -125,7 +125,20 @@ class MinibatchPlates:
             plates: Plates by name.
         """
         batch_dim = len(site.unconstrained_shape) - site.unconstrained_event_dim
-        for plate in site.plates:
+        return self.take_batch(value, batch_dim, site.plates, plates)
+
+    def take_batch(
+        self, value: Tensor, batch_dim: int, around: Iterable[Plate], plates: Mapping[str, Any]
+    ) -> Tensor:
+        """Select the elements of a full-size tensor that the plates visit.
+
+        Args:
+            value: The tensor, batch dimensions first, then any others.
+            batch_dim: Number of its batch dimensions.
+            around: The plates, at full size, that it has dimensions for.
+            plates: Plates of this call, by name.
+        """
+        for plate in around:
             if self._is_subsample(plates[plate.name]):
                 indices = plates[plate.name].indices.to(value.device)
                 value = value.index_select(batch_dim + plate.dim, indices)

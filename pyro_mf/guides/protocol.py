@@ -74,5 +74,11 @@ class FactorisedGuide(Protocol):
 
 
 def is_factorised(guide: object) -> TypeGuard[FactorisedGuide]:
-    """Whether a guide offers its density as pure functions; asks its class, so it may be unset."""
-    return hasattr(type(guide), "flat_params") and hasattr(type(guide), "log_prob_unconstrained")
+    """Whether a guide offers its density as pure functions; it need not be set up.
+
+    Not one with factors of discrete sites, which are not in the flat vector.
+    """
+    has_functions = hasattr(type(guide), "flat_params") and hasattr(
+        type(guide), "log_prob_unconstrained"
+    )
+    return has_functions and not getattr(guide, "has_discrete_factors", False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,17 @@ from torch import Tensor
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
-from pyro_mf.density.prototype import run_prototype
+from pyro_mf.density.checks import is_discrete
+from pyro_mf.density.prototype import plates_of, run_prototype
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.density.supports import value_at_zero
-from pyro_mf.guides.matching import check_same_sites
+from pyro_mf.guides.discrete_factors import (
+    DiscreteSite,
+    DiscreteSpec,
+    check_enumerable,
+    read_discrete,
+)
+from pyro_mf.guides.matching import check_plates, check_same_sites
 from pyro_mf.guides.plates import MinibatchPlates
 
 Model = Callable[..., Any]
@@ -34,6 +41,8 @@ class Start:
         trace: A trace of the model that holds the guide's sites only.
         frames: The vectorised plates around them, by name.
         minibatch: Which of the plates are subsampled.
+        discrete: The discrete latent sites that have factors.
+        summed_out: Names of those that have none.
     """
 
     layout: Layout
@@ -41,6 +50,8 @@ class Start:
     trace: Any
     frames: dict[str, Any]
     minibatch: MinibatchPlates
+    discrete: tuple[DiscreteSite, ...] = ()
+    summed_out: tuple[str, ...] = ()
 
 
 def init_to_origin(site: Any = None) -> Any:
@@ -63,6 +74,7 @@ def start_guide(
     init_loc_fn: InitFn,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    discrete: DiscreteSpec | None = None,
 ) -> Start:
     """Run the model and decide where a guide's parameters live and start.
 
@@ -72,37 +84,62 @@ def start_guide(
         init_loc_fn: Per-site initial value in the model's space.
         args: The model's positional arguments.
         kwargs: The model's keyword arguments.
+        discrete: Families of discrete sites that are to have factors.
 
     Raises:
         ModelError: If the model or its arguments are bad (see ``run_prototype``), if nothing is
             left for a guide, or if an initial value does not fit.
+        FamilyError: If a discrete site cannot have the factor that is asked for.
     """
+    spec: DiscreteSpec = {} if discrete is None else discrete
     kwargs = _accepted_kwargs(model, kwargs)
-    prototype = run_prototype(model, args, kwargs)
+    try:
+        prototype = run_prototype(model, args, kwargs)
+    except ModelError:
+        if spec:
+            check_enumerable(spec, _latents_as_drawn(model, args, kwargs))
+        raise
     layout = prototype.full_layout
-    if not layout.sites:
+    names = prototype.discrete
+    trace, given = _trace_latents(model, layout, init_loc_fn, args, kwargs, discrete=names)
+    continuous = tuple(site.name for site in layout.sites)
+    sites = read_discrete(spec, continuous, {name: trace.nodes[name] for name in names})
+    own = {*continuous, *(site.name for site in sites)}
+    if not own:
         raise ModelError(
-            f"every latent site of the model is discrete ({list(prototype.discrete)}): nothing is "
-            "left for a mean-field guide once they are summed out."
+            f"every latent site of the model is discrete ({list(names)}): nothing is left for a "
+            "mean-field guide once they are summed out. For a factor that is not summed out, ask "
+            f"for it by name: family={{'{names[0]}': 'categorical'}}."
         )
-    trace, given = _trace_latents(model, layout, init_loc_fn, args, kwargs)
+    summed_out = tuple(name for name in names if name not in own)
+    for name in summed_out:
+        trace.remove_node(name)
     if whole_model is not model:
         _, given = _trace_latents(whole_model, layout, init_to_origin, args, kwargs)
-    frames = {}
-    for site in layout.sites:
-        for frame in trace.nodes[site.name]["cond_indep_stack"]:
-            if frame.vectorized:
-                frames[frame.name] = frame
-            elif _is_subsampled(frame):
-                raise ModelError(
-                    f"latent site '{site.name}' is in the sequential plate '{frame.name}', which "
-                    "is subsampled, so other sites exist at every call. Use a vectorised plate: "
-                    f'with pyro.plate("{frame.name}", ...).'
-                )
-    loc = layout.pack({s.name: _initial_loc(s, trace.nodes[s.name]) for s in layout.sites})
+    frames = {name: frame for node in trace.nodes.values() for name, frame in _frames(node)}
+    loc = torch.empty(0)
+    if layout.sites:
+        loc = layout.pack({s.name: _initial_loc(s, trace.nodes[s.name]) for s in layout.sites})
     subsampled = {name for name, frame in frames.items() if _is_subsampled(frame)}
     minibatch = MinibatchPlates(frozenset(subsampled | (given & frames.keys())), given)
-    return Start(layout, loc, trace, frames, minibatch)
+    return Start(layout, loc, trace, frames, minibatch, sites, summed_out)
+
+
+def _frames(node: Any) -> Iterator[tuple[str, Any]]:
+    """Vectorised plates around a site, by name.
+
+    Raises:
+        ModelError: If the site is in a sequential plate that is subsampled.
+    """
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized:
+            yield frame.name, frame
+        elif _is_subsampled(frame):
+            raise ModelError(
+                f"latent site '{node['name']}' is in the sequential plate '{frame.name}', which "
+                "is subsampled, so other sites exist at every call. Use a vectorised plate: "
+                f'with pyro.plate("{frame.name}", ...).'
+            )
 
 
 def read_call(
@@ -111,6 +148,7 @@ def read_call(
     minibatch: MinibatchPlates,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    discrete: tuple[DiscreteSite, ...] = (),
 ) -> MinibatchPlates:
     """Check that a call with other arguments still has the guide's plates and shapes.
 
@@ -121,12 +159,18 @@ def read_call(
         GuideMismatchError: If a plate or a site has another size.
     """
     kwargs = _accepted_kwargs(model, kwargs)
-    trace, given = _trace_latents(model, layout, init_to_origin, args, kwargs)
+    names = tuple(site.name for site in discrete)
+    trace, given = _trace_latents(model, layout, init_to_origin, args, kwargs, discrete=names)
     # Sites that this call does not visit, or visits besides, are for the objective to judge:
     # a model without its data, as in Predictive, has its observed sites as latents.
     now = Layout.from_trace({s.name: trace.nodes[s.name] for s in layout.sites if s.name in trace})
     check_same_sites(now, Layout(tuple(site for site in layout.sites if site.name in trace)))
-    plates = {plate.name: plate for site in now.sites for plate in site.plates}
+    around = [site.plates for site in now.sites]
+    for own in discrete:
+        if own.name in trace:
+            around.append(plates_of(trace.nodes[own.name]))
+            check_plates(own.name, around[-1], own.plates)
+    plates = {plate.name: plate for each in around for plate in each}
     subsampled = {name for name, plate in plates.items() if plate.is_subsampled}
     followed = minibatch.followed | subsampled | (given & plates.keys())
     return MinibatchPlates(frozenset(followed), minibatch.given | given)
@@ -178,9 +222,15 @@ def _trace_latents(
     init_loc_fn: InitFn,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    *,
+    discrete: tuple[str, ...] = (),
 ) -> tuple[Any, frozenset[str]]:
-    """A trace of the layout's sites at chosen values, and the plates that were given indices."""
+    """A trace of the layout's sites at chosen values, and the plates that were given indices.
+
+    Discrete sites are kept where they are named, as they were drawn.
+    """
     latents = {site.name for site in layout.sites}
+    kept = latents.union(discrete)
     given = set()
 
     def start(msg: Any) -> None:
@@ -193,9 +243,26 @@ def _trace_latents(
     with torch.no_grad(), poutine.block(), _pyro.substitute(start):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     for name, node in list(trace.nodes.items()):
-        if node["type"] != "sample" or node["is_observed"] or name not in latents:
+        if node["type"] != "sample" or node["is_observed"] or name not in kept:
             trace.remove_node(name)
     return trace, frozenset(given)
+
+
+def _latents_as_drawn(
+    model: Model, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Latent sites of a model that has no density for us, continuous ones at the origin."""
+
+    def put(msg: Any) -> None:
+        if not (_pyro.is_subsample(msg) or msg["is_observed"] or is_discrete(msg["fn"])):
+            msg["value"], msg["done"] = value_at_zero(msg), True
+
+    try:
+        with torch.no_grad(), poutine.block(), _pyro.substitute(put):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+    except (ModelError, ValueError, RuntimeError, IndexError, TypeError):
+        return {}  # the error that is being handled says more
+    return dict(trace.iter_stochastic_nodes())
 
 
 def _accepted_kwargs(model: Model, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from torch.distributions import transforms
 from pyro_mf._errors import FamilyError
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.families import FAMILIES, Family, get_family
+from pyro_mf.families.discrete import DISCRETE_FAMILIES, DiscreteFamily
+from pyro_mf.families.factorised_mixture import FactorisedMixture
 from pyro_mf.families.product import Part, Product
 from pyro_mf.families.protocol import Params, event_dim_of, home_of
 
-OneFamily: TypeAlias = str | Family
+OneFamily: TypeAlias = str | Family | DiscreteFamily
 FamilySpec: TypeAlias = OneFamily | Mapping[str, OneFamily] | Callable[[Site], OneFamily]
 """A family for all sites, one per site by name, or a function of the site."""
 
 AUTO = "auto"
+_NAMES = [*FAMILIES, *DISCRETE_FAMILIES, AUTO]
 _MAX_BLOCK_BYTES = 2**30  # of one parameter in double precision; training holds several such
 
 
@@ -41,7 +44,7 @@ def read_spec(spec: FamilySpec) -> FamilySpec:
     if callable(spec) and not isinstance(spec, type):
         return spec
     raise TypeError(
-        f"family must be a name ({', '.join(map(repr, [*FAMILIES, AUTO]))}), an object with the "
+        f"family must be a name ({', '.join(map(repr, _NAMES))}), an object with the "
         "methods of pyro_mf.families.Family, a dict of them by site, or a function of the site; "
         f"got {spec!r}."
     )
@@ -69,6 +72,8 @@ def resolve(spec: FamilySpec, layout: Layout) -> Family:
         return known
     if isinstance(spec, Mapping):
         _check_names(spec, layout)
+    if not layout.sites:
+        return get_family("normal")  # of no elements, beside factors of discrete sites
     grouped: dict[tuple[Family, int], list[Site]] = {}
     for site in layout.sites:
         family = family_of_site(spec, site)
@@ -143,7 +148,12 @@ def cut(family: Family, params: Params, site: Site) -> tuple[Family, Params]:
         family: A family over the whole flat vector.
         params: Its parameters.
         site: The site.
+
+    Returns:
+        Of a mixture over the whole vector, whose elements are dependent, the marginals.
     """
+    if isinstance(family, FactorisedMixture):
+        family, params = family.marginals(params)
     start, stop, shape = site.start, site.stop, site.unconstrained_shape
     if isinstance(family, Product):
         index = family.part_of(start)
@@ -210,10 +220,14 @@ def _find(name: str) -> Family:
     """
     if name in FAMILIES:
         return get_family(name)
-    names = [*FAMILIES, AUTO]
-    near = difflib.get_close_matches(name.lower(), FAMILIES, n=1, cutoff=0.0)
+    if name in DISCRETE_FAMILIES:
+        raise ValueError(
+            f"family {name!r} is for discrete sites, which ask for it by name: "
+            f"family={{'k': {name!r}}}."
+        )
+    near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.0)
     raise ValueError(
-        f"Unknown family {name!r}. The families are {', '.join(map(repr, names))}; did you mean "
+        f"Unknown family {name!r}. The families are {', '.join(map(repr, _NAMES))}; did you mean "
         f"{near[0]!r}?"
     )
 
