@@ -4,8 +4,8 @@ Errors are those of `benchmarks.accuracy`, means over all parameters of a refere
 scale: of the mean in reference sds, of |log sd ratio|, and the median relative error of the sd.
 *forward* is the product of normal factors, *its draws* are those that it was fitted to: where
 they differ, a marginal is not normal on the unconstrained axis. *gradients* are of the log joint at
-one point each, in thousands; NUTS has 4 chains of 1000 + 1000. Rows are printed as they come.
-Set POSTERIORDB to the folder of the references.
+one point each, in thousands; *seconds* are of CPU. NUTS has 4 chains of 1000 + 1000. Rows are
+printed as they come. Set POSTERIORDB to the folder of the references.
 Run from the repository's root: python -m benchmarks.forward
 """
 

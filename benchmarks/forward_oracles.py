@@ -1,10 +1,10 @@
 """Does the forward KL find the marginals where they are known? Against exact answers and chains.
 
 *mean* is the root mean square error of the means in true sds, *sd* of the log ratios of the sds, on
-the unconstrained axis. *gradients* are of the log joint at one point each, in thousands. The last
-column has the best that 13 published and prototyped ways to fit the forward KL reached on such a
-target with about 50,000 gradients. The targets below the line are meant to be too hard for
-somebody: what counts there is that no wrong answer is called converged.
+the unconstrained axis. *gradients* are of the log joint at one point each, in thousands, *seconds*
+of CPU. The last column has the best that 13 published and prototyped ways to fit the forward KL
+reached on such a target with about 50,000 gradients. The targets below the line are meant to be too
+hard for somebody: what counts there is that no wrong answer is called converged.
 Run from the repository's root: python -m benchmarks.forward_oracles
 """
 
