@@ -44,8 +44,9 @@ class SinhArcsinh:
 
     so the parameters hardly push each other about. With skew 0 and tail 1 it is
     :math:`N(\mu, \sigma^2)`. This is the law of Jones and Pewsey with their
-    :math:`\epsilon = \mathrm{arctanh}\,k` and :math:`\delta = 1/t`. The transform is monotone in
-    the noise.
+    :math:`\epsilon = \mathrm{arctanh}\,k` and :math:`\delta = 1/t`. The log density falls like
+    :math:`-|u|^{2/t}`, so up to tail 2 every exponential has a finite expectation. The transform is
+    monotone in the noise.
 
     Example:
         >>> family = SinhArcsinh()

@@ -37,6 +37,10 @@ class StudentT:
     which is exact, monotone in the first number, smooth in the degrees of freedom too, and becomes
     :math:`\varepsilon` as they grow.
 
+    The reverse KL needs a posterior whose tails are a power law's too. Where its log density falls
+    exponentially, as for the log of a Gamma variable, the expectation under a Student-t is minus
+    infinity, however many the degrees of freedom. The forward KL has no such condition.
+
     Args:
         min_df: Fewest degrees of freedom, at least 1 and less than 10. By default 3, where the
             standard deviation is 1.7 scales. With 2 or fewer there is none, and just above it is
