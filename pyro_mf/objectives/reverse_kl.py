@@ -131,8 +131,8 @@ class ReverseKL(ELBO):
             for _ in range(self.num_particles)
             for weight, part in strata
         ]
-        total: Tensor = torch.stack(elbos).sum()
-        return -total / self.num_particles
+        loss: Tensor = -torch.stack(elbos).sum() / self.num_particles
+        return loss
 
     def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(
