@@ -11,7 +11,8 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.protocol import Params
-from pyro_mf.families.weighted_likelihood import LEAST_SCALE, standardised
+from pyro_mf.families.weighted_draws import centre_and_width
+from pyro_mf.families.weighted_likelihood import LEAST_SCALE
 
 _LOG_2 = math.log(2.0)
 
@@ -87,7 +88,6 @@ class Laplace:
 
     def fit_weighted(self, u: Tensor, log_weights: Tensor) -> Params:
         """Weighted median and mean distance from it, which maximise the weighted likelihood."""
-        own = standardised(u, log_weights)
-        weights = torch.softmax(log_weights.double(), 0)
-        distance = (weights @ own.u.abs()).clamp_min(LEAST_SCALE)
-        return own.loc.to(u), (own.scale * distance).to(u)
+        median, width = centre_and_width(u, log_weights)
+        distance = torch.softmax(log_weights.double(), 0) @ (u - median).abs()
+        return median.to(u), torch.maximum(distance, LEAST_SCALE * width).to(u)

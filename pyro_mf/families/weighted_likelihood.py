@@ -8,7 +8,6 @@ with its own step, and leave the computation as they converge.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.protocol import Family, Params
+from pyro_mf.families.weighted_draws import centre_and_width, mean_and_sd
 
-_MAX_ROUNDS = 200
+_MAX_ROUNDS = 100
 _MAX_ELEMENTS = 250_000  # draws times columns that are computed at once: bounds the memory
 _ENOUGH = 1e-11  # nats that a step promises to gain; far below what draws can tell
 _LONGEST = 3.0  # longest step in a stored parameter, most of which are logarithms
@@ -87,9 +87,9 @@ def maximise_on_own_axis(
 ) -> Params:
     """Maximise the weighted likelihood of a family with locations and scales.
 
-    Columns are standardised first, so what is found follows the draws when these are shifted and
-    stretched, and far outliers do no harm. It starts from the family's members nearest to the
-    moments and nearest to the quantiles.
+    Columns are shifted and stretched to median zero and width one first, so what is found follows
+    the draws when these are, and far outliers do no harm. It starts from the family's members
+    nearest to the moments and nearest to the quantiles.
 
     Args:
         family: An elementwise family whose first two parameters are location and scale.
@@ -99,7 +99,7 @@ def maximise_on_own_axis(
             tails, say, from which far outliers do not lead astray.
 
     Returns:
-        Constrained parameters. The scale is never less than a thousandth of the draws' spread:
+        Constrained parameters. The scale is never less than a thousandth of the draws' width:
         where one draw has most of the weight, no likelihood would bound it from below.
 
     Example:
@@ -108,99 +108,21 @@ def maximise_on_own_axis(
         >>> maximise_on_own_axis(Normal(), u, torch.zeros(2))
         (tensor([2.]), tensor([1.0000]))
     """
-    own = standardised(u, log_weights)
-    zero, one = torch.zeros_like(own.mean), torch.ones_like(own.mean)
-    starts = [family.init(own.mean, own.sd), family.init(zero, one)]
+    u, log_weights = u.detach(), log_weights.detach()
+    centre, width = centre_and_width(u, log_weights)
+    x = (u.double() - centre) / width
+    mean, sd = mean_and_sd(x, log_weights.double())
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    starts = [
+        family.init(mean, torch.where(sd > LEAST_SCALE, sd, one)),
+        family.init(zero, one),
+    ]
     starts += [(zero, one, *(one * value for value in shape)) for shape in shapes]
     wide_enough = (constraints.real, constraints.greater_than(LEAST_SCALE))
     loc, scale, *shape = maximise(
-        family.log_prob, (*wide_enough, *family.constraints[2:]), starts, own.u, log_weights
+        family.log_prob, (*wide_enough, *family.constraints[2:]), starts, x, log_weights
     )
-    return tuple(p.to(u) for p in (own.loc + own.scale * loc, own.scale * scale, *shape))
-
-
-class Standardised(NamedTuple):
-    """Draws on an axis of their own, all in double precision.
-
-    Args:
-        u: Draws with median zero and spread one, shape ``(S, D)``.
-        loc: The weighted median of each column, shape ``(D,)``.
-        scale: The spread, positive: half the distance between the quantiles that hold 68 % of the
-            weight, or where those fall together the standard deviation.
-        mean: Weighted mean of the standardised draws, shape ``(D,)``.
-        sd: Their weighted standard deviation; one for a constant column.
-    """
-
-    u: Tensor
-    loc: Tensor
-    scale: Tensor
-    mean: Tensor
-    sd: Tensor
-
-
-def standardised(u: Tensor, log_weights: Tensor) -> Standardised:
-    """Shift and stretch each column to median zero and spread one.
-
-    What is fitted to such draws and mapped back does not depend on the units of ``u``. Far
-    outliers move neither median nor spread. A constant column gets a spread of a few roundings.
-
-    Args:
-        u: Draws, shape ``(S, D)``.
-        log_weights: Log weights in nats, shape ``(S,)``.
-
-    Example:
-        >>> found = standardised(torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3))
-        >>> found.loc, found.scale
-        (tensor([2.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
-    """
-    x, weights = u.detach().double(), torch.softmax(log_weights.detach().double(), 0)
-    low, middle, high = weighted_quantiles(x, weights, (0.16, 0.5, 0.84))
-    x = x - middle
-    # What a column that is constant but for rounding would have, in the draws' own precision.
-    least = 4.0 * torch.finfo(u.dtype).eps * torch.where(middle == 0.0, 1.0, middle.abs())
-    farthest = x.abs().amax(0)
-    constant = farthest <= torch.where(middle == 0.0, 0.0, least)
-    unit = torch.where(constant, least, farthest)
-    mean, sd = _moments(x / unit, weights)  # squares of far draws would overflow without a unit
-    spread = 0.5 * (high - low)
-    scale = torch.where(spread > 0.25 * least * (middle != 0.0), spread, unit * sd)
-    scale = torch.where(constant | (scale <= 0.0), least, scale)
-    ratio = unit / scale
-    return Standardised(
-        x / scale, middle, scale, mean * ratio, torch.where(constant | (sd <= 0.0), 1.0, sd * ratio)
-    )
-
-
-def weighted_quantiles(u: Tensor, weights: Tensor, p: Sequence[float]) -> list[Tensor]:
-    """Quantiles of the columns of weighted draws; the middle, where an interval qualifies.
-
-    Args:
-        u: Draws, shape ``(S, D)``.
-        weights: Weights that sum to one, shape ``(S,)``.
-        p: Probabilities between 0 and 1.
-
-    Returns:
-        One tensor ``(D,)`` per probability.
-
-    Example:
-        >>> u = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
-        >>> weighted_quantiles(u, torch.full((4,), 0.25), [0.5, 0.9])
-        [tensor([1.5000]), tensor([3.])]
-    """
-    ordered, index = u.sort(0)
-    below = weights[index].cumsum(0)
-    slack = 64.0 * torch.finfo(weights.dtype).eps  # sums of weights are rounded
-    found = []
-    for probability in p:
-        ends = [(below < probability + s).sum(0).clamp_max(len(u) - 1) for s in (-slack, slack)]
-        first, last = (ordered.gather(0, end[None])[0] for end in ends)
-        found.append(first + 0.5 * (last - first))
-    return found
-
-
-def _moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    mean = weights @ x
-    return mean, (weights @ (x - mean).square()).sqrt()
+    return tuple(p.to(u) for p in (centre + width * loc, width * scale, *shape))
 
 
 class _Problem:

@@ -16,12 +16,8 @@ from pyro_mf.families.normal import Normal
 from pyro_mf.families.protocol import Family
 from pyro_mf.families.sinh_arcsinh import SinhArcsinh
 from pyro_mf.families.student_t import StudentT
-from pyro_mf.families.weighted_likelihood import (
-    LEAST_SCALE,
-    maximise,
-    standardised,
-    weighted_quantiles,
-)
+from pyro_mf.families.weighted_draws import centre_and_width
+from pyro_mf.families.weighted_likelihood import LEAST_SCALE, maximise
 
 # Members with and without shape, and far from what one starts with.
 _LOC, _SCALE = torch.tensor([0.0, -1.0, 3.0]).double(), torch.tensor([1.0, 0.2, 5.0]).double()
@@ -489,23 +485,11 @@ def test_maximise_stays_where_the_density_is_defined():
     torch.testing.assert_close(found, torch.tensor([0.99]))
 
 
-def test_standardised_draws():
-    u, log_weights = 3.0 + 2.0 * torch.randn(1000, 2), torch.randn(1000)
-    own = standardised(u, log_weights)
-    torch.testing.assert_close(own.loc + own.scale * own.u, u)
-    mean, sd = moments(u, log_weights)
-    torch.testing.assert_close(own.loc + own.scale * own.mean, mean)
-    torch.testing.assert_close(own.scale * own.sd, sd)
-    low, middle, high = weighted_quantiles(own.u, torch.softmax(log_weights, 0), (0.16, 0.5, 0.84))
-    torch.testing.assert_close(middle, torch.zeros(2))
-    torch.testing.assert_close(high - low, torch.full((2,), 2.0))
-
-
 def test_scales_have_a_floor_where_the_likelihood_has_none():
     u = torch.cat([torch.zeros(90, 1), torch.randn(10, 1)])
     scale = StudentT().fit_weighted(u, torch.zeros(100))[1]
-    own = standardised(u, torch.zeros(100))
-    torch.testing.assert_close(scale, LEAST_SCALE * own.scale, rtol=1e-2, atol=0)
+    width = centre_and_width(u, torch.zeros(100))[1]
+    torch.testing.assert_close(scale, LEAST_SCALE * width, rtol=1e-2, atol=0)
 
 
 # -- Student-t's own -----------------------------------------------------------------------------
