@@ -73,6 +73,7 @@ def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = F
         obstacle = f"the log density is not differentiable: {missing}"
         obstacle += "" if _is_forward(problem) else "; score gradients, slow"
     _set_up_guide(problem)
+    obstacle = obstacle or _among_sites(problem)
     if has_draws and not _is_forward(problem):
         obstacle = "the objective is the reverse KL, which makes no use of them"
     if solver not in ("auto", "stochastic", fast):
@@ -147,6 +148,15 @@ def _outside_model(problem: Problem) -> str | None:
     if guide.create_plates is not None:
         return "the guide subsamples plates of its own (create_plates)"
     return None
+
+
+def _among_sites(problem: Problem) -> str | None:
+    """What about the latents keeps a solver of the full data from serving."""
+    guide = problem.guide
+    if not isinstance(guide, FlatGuide) or not _is_forward(problem):
+        return None
+    angles = [site.name for site in guide.layout.sites if site.is_circular]
+    return f"site '{angles[0]}' is an angle, without moments on a line" if angles else None
 
 
 def _set_up_guide(problem: Problem) -> None:

@@ -12,23 +12,24 @@ import math
 import time
 from dataclasses import replace
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
 from pyro_mf.density.blocks import Blocks
-from pyro_mf.families import Family, Normal
-from pyro_mf.guides import AutoMeanField
+from pyro_mf.families import Family
+from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.kernels.student_t import NET_SIZE
 from pyro_mf.solvers import random_state
 from pyro_mf.solvers.chains import ChainDraws
-from pyro_mf.solvers.deterministic import solve_deterministic
 from pyro_mf.solvers.evidence import bounds_from, gaussian_log_prob
+from pyro_mf.solvers.family_choice import choose_by_draws, describe_choice
 from pyro_mf.solvers.fixed_draw_elbo import Estimate
 from pyro_mf.solvers.minimise import MAX_DENSE
+from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Forward, Outcome, Progress, Report, silent
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
 from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
@@ -44,7 +45,6 @@ _NO_ELBO = (
 _ROUNDING = 1e-3  # of the log evidence, in nats and relative
 # Given draws at which the gradient is computed, and chance that good ones are taken for foreign.
 _NUM_GRADIENTS, _FALSE_ALARM = 4000, 1e-4
-_START_TOLERANCE = 0.3  # of the reverse fit, which is only where the draws start
 
 
 def solve_moments(
@@ -217,22 +217,18 @@ def _describe_foreign(log_joint: LogJoint, chains: ChainDraws) -> tuple[str, ...
 def _start(
     log_joint: LogJoint, guide: FactorisedGuide, seed: int, max_gradients: int, report: Report
 ) -> tuple[Outcome, Tensor, Tensor, dict[str, float]]:
-    """The reverse KL's optimum, with the Gaussian's location and sds or Cholesky factor."""
-    normal: Any = guide
-    if not isinstance(guide.family, Normal):
-        normal = AutoMeanField(log_joint.model)
-        normal.setup(*log_joint.model_args, **log_joint.model_kwargs)
-    outcome = solve_deterministic(
-        log_joint,
-        normal,
-        seed=seed,
-        tolerance=_START_TOLERANCE,
-        max_gradients=max_gradients,
-        report=report,
+    """The reverse KL's optimum, with the Gaussian's location and sds or Cholesky factor.
+
+    Raises:
+        ModelError: If a latent is an angle.
+    """
+    outcome, loc, scale = fit_normal(
+        log_joint, guide, seed=seed, max_gradients=max_gradients, report=report
     )
-    loc, scale = (p.detach().double().cpu() for p in normal.flat_params())
-    if normal is not guide:
-        guide.set_flat_params(guide.family.init(loc, scale))
+    if outcome is None:
+        raise ModelError("angles have no moments on a line for their factors to match.")
+    like = guide.flat_leaves()[0]
+    guide.set_flat_params(tuple(p.to(like) for p in guide.family.init(loc, scale)))
     seconds = {"reverse KL": sum(outcome.seconds.values())}
     if outcome.response is not None:
         return outcome, loc, outcome.response.scale_tril.double().cpu(), seconds
@@ -257,7 +253,13 @@ def _fit(
 ) -> Outcome:
     """Fit the factors, and bound the evidence by them and by a Gaussian that is nearer."""
     began = time.perf_counter()
-    guide.set_flat_params(tuple(guide.family.fit_weighted(draws.z, draws.log_weights)))
+    chosen: tuple[str, ...] = ()
+    if isinstance(guide, FlatGuide) and guide.is_auto:
+        families = choose_by_draws(guide.layout, draws, _first_half(draws))
+        guide.adopt(families)
+        chosen = (describe_choice(families),)
+    fitted = guide.family.fit_weighted(draws.z, draws.log_weights)
+    guide.set_flat_params(tuple(p.to(guide.flat_leaves()[0]) for p in fitted))
     seconds = {"fit": time.perf_counter() - began}
     began = time.perf_counter()
     blocks = Blocks(log_joint)
@@ -293,7 +295,7 @@ def _fit(
         losses=(),
         num_gradients=0,
         seconds=seconds,
-        notes=() if math.isfinite(own_elbo.elbo) else (_NO_ELBO,),
+        notes=chosen if math.isfinite(own_elbo.elbo) else (*chosen, _NO_ELBO),
         forward=Forward(draws, *own_eubo, bounds_from(elbos, eubos)),
     )
 
@@ -317,16 +319,21 @@ def _log_prob_by_halves(family: Family, draws: PosteriorDraws) -> Tensor:
     Under factors fitted to the same draws the EUBO would be too low, by as many nats as half the
     factors' parameters over the effective draws.
     """
-    order = torch.arange(len(draws.z))
-    # Weighted draws net by net: within a net they make up for each other, and only all rounds of
-    # nets together have their weights. Chains by time and tempered draws by run.
-    is_net = draws.source in ("importance", "mixture")
-    first = order // NET_SIZE % 2 == 0 if is_net else order < len(order) // 2
+    first = _first_half(draws)
     log_prob = torch.empty_like(draws.log_density)
     for half in (first, ~first):
         params = family.fit_weighted(draws.z[~half], draws.log_weights[~half])
         log_prob[half] = family.log_prob(params, draws.z[half]).sum(-1)
     return log_prob
+
+
+def _first_half(draws: PosteriorDraws) -> Tensor:
+    """Which draws make up a half that has the posterior's weights, as the rest has, ``(S,)``."""
+    order = torch.arange(len(draws.z))
+    # Weighted draws net by net: within a net they make up for each other, and only all rounds of
+    # nets together have their weights. Chains by time and tempered draws by run.
+    is_net = draws.source in ("importance", "mixture")
+    return order // NET_SIZE % 2 == 0 if is_net else order < len(order) // 2
 
 
 def _log_prob(guide: FactorisedGuide, z: Tensor) -> Tensor:
