@@ -63,5 +63,9 @@ class DifferentDataWarning(UserWarning):
     """A saved fit is loaded with other data, or another density, than it was fitted to."""
 
 
+class ScoreGradientWarning(UserWarning):
+    """Discrete sites are drawn instead of summed over; the message says which, and why."""
+
+
 class EstimatorWarning(UserWarning):
     """The draws behind a forward KL's gradient should not be trusted; the message says why."""

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -23,8 +23,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
-from pyro.ops.contract import contract_to_tensor
+from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, effectful
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -116,15 +117,142 @@ def substitute(hook: Callable[[Any], None]) -> Iterator[None]:
         yield
 
 
-def enumerated(model: Callable[..., Any], max_plate_nesting: int) -> Callable[..., Any]:
-    """The model with every discrete latent site summed out in parallel."""
-    return poutine.enum(config_enumerate(model), first_available_dim=-1 - max_plate_nesting)  # type: ignore[no-any-return]
+def enumerated(
+    model: Callable[..., Any], max_plate_nesting: int, *, sampled: frozenset[str] = frozenset()
+) -> Callable[..., Any]:
+    """The model with every discrete latent site enumerated in parallel.
+
+    Args:
+        model: The model.
+        max_plate_nesting: Number of batch dimensions that its plates use.
+        sampled: Discrete sites to leave as they are.
+    """
+
+    def leave(site: Node) -> Any:
+        return {"enumerate": None} if site["name"] in sampled else {}
+
+    configured = config_enumerate(poutine.infer_config(model, leave) if sampled else model)
+    return poutine.enum(configured, first_available_dim=-1 - max_plate_nesting)  # type: ignore[no-any-return]
+
+
+class Term(NamedTuple):
+    """One summand of an enumerated log density.
+
+    Args:
+        value: A packed tensor, without dimensions of size one.
+        dims: A symbol for each of its dimensions: of a plate, or of an enumerated site.
+        plates: The symbols of the plates around it.
+    """
+
+    value: Tensor
+    dims: str
+    plates: frozenset[str]
+
+
+def enumerated_terms(
+    trace: Any, max_plate_nesting: int, *, kept: frozenset[str] = frozenset()
+) -> list[Term]:
+    """An enumerated trace's log density as a sum of terms, discrete sites summed out.
+
+    Args:
+        trace: The trace.
+        max_plate_nesting: Number of batch dimensions that plates use.
+        kept: Enumerated sites that are not summed out: terms depend on their values.
+
+    Raises:
+        ValueError: If a site's shape is not that of its plates.
+        NotImplementedError: If sites in plates that cross cannot be summed out.
+    """
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    summed = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
+    summed -= {trace.nodes[name]["infer"]["_enumerate_symbol"] for name in kept}
+    terms: list[Term] = []
+    coupled: list[tuple[Node, frozenset[str]]] = []
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or is_subsample(node):
+            continue
+        if is_validation_enabled():
+            _check_site_shape(node, max_plate_nesting)
+        plates = frozenset(
+            trace.plate_to_symbol[frame.name]
+            for frame in node["cond_indep_stack"]
+            if frame.vectorized
+        )
+        log_prob = node["packed"]["log_prob"]
+        if summed.isdisjoint(log_prob._pyro_dims):
+            terms.append(Term(log_prob, log_prob._pyro_dims, plates))
+        else:
+            coupled.append((node, plates))
+    for group in _connected(coupled, summed):
+        terms += _summed_out(group, summed)
+    return terms
+
+
+def _connected(
+    nodes: list[tuple[Node, frozenset[str]]], summed: set[str]
+) -> list[list[tuple[Node, frozenset[str]]]]:
+    """Groups of sites that share dimensions which are summed out, directly or by others."""
+    groups: list[tuple[set[str], list[tuple[Node, frozenset[str]]]]] = []
+    for node, plates in nodes:
+        dims, members = summed.intersection(node["packed"]["log_prob"]._pyro_dims), [(node, plates)]
+        apart = []
+        for group in groups:
+            if dims.isdisjoint(group[0]):
+                apart.append(group)
+            else:
+                dims, members = dims | group[0], group[1] + members
+        groups = [*apart, (dims, members)]
+    return [members for _, members in groups]
+
+
+def _summed_out(nodes: list[tuple[Node, frozenset[str]]], summed: set[str]) -> list[Term]:
+    """Contract sites that share enumerated dimensions.
+
+    A minibatch's scale belongs outside of the logarithm of a sum; masks belong inside. Where sites
+    have different scales (tempering by hand), each has its own, inside.
+    """
+    scales = [node["scale"] for node, _ in nodes]
+    is_common = all(s is scales[0] or (type(s) is float and s == scales[0]) for s in scales)
+    scale = scales[0] if is_common else 1.0
+    tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
+    for node, plates in nodes:
+        factor = node["packed"]["unscaled_log_prob" if is_common else "log_prob"]
+        if is_common and node["infer"].get("_enumerate_dim") is None:
+            factor = packed.scale_and_mask(factor, mask=node["packed"]["mask"])
+        tree.setdefault(plates, []).append(factor)
+    with shared_intermediates() as cache:
+        contracted = contract_tensor_tree(tree, summed, cache=cache)
+    return [
+        Term(packed.scale_and_mask(value, scale=scale), value._pyro_dims, plates)
+        for plates, values in contracted.items()
+        for value in values
+    ]
 
 
 def enumerated_log_prob(trace: Any, max_plate_nesting: int) -> Tensor:
     """Log density of an enumerated trace, discrete sites summed out."""
-    evaluator = TraceEinsumEvaluator(trace, True, max_plate_nesting)
-    return evaluator.log_prob(trace)  # type: ignore[no-any-return]
+    terms = enumerated_terms(trace, max_plate_nesting)
+    return torch.stack([term.value.sum() for term in terms]).sum()
+
+
+def pack_like(value: Tensor, node: Node) -> tuple[Tensor, str]:
+    """A tensor with a site's batch dimensions, packed as the site's own log density is.
+
+    Args:
+        value: The tensor.
+        node: A site of a trace whose tensors are packed.
+
+    Returns:
+        The packed tensor, and its dimensions' symbols.
+    """
+    value = packed.pack(value[...], node["infer"]["_dim_to_symbol"])
+    return value, value._pyro_dims  # type: ignore[attr-defined]
+
+
+def enumerated_symbol(node: Node) -> str | None:
+    """The symbol of the dimension along which a site is enumerated; ``None`` if it is not."""
+    return node["infer"].get("_enumerate_symbol")  # type: ignore[no-any-return]
 
 
 def enumerated_log_likelihood(

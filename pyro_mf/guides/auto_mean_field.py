@@ -44,7 +44,8 @@ class AutoMeanField(DiscreteGuide):
         model: A Pyro model.
         family: The factors' family: a name, or an object with the methods of
             :class:`~pyro_mf.families.Family`; a dict of them by site (sites that it leaves out are
-            ``"auto"``), discrete sites included; a function of the :class:`~pyro_mf.density.sites.Site`; or ``"auto"``.
+            ``"auto"``), discrete sites included; a function of the
+            :class:`~pyro_mf.density.sites.Site`; or ``"auto"``.
         init_loc_fn: Per-site initial value in the model's space, as in Pyro's autoguides; the
             default is zero on the unconstrained axis and samples nothing.
         init_scale: Initial standard deviation on the unconstrained axis, positive.
