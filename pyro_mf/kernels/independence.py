@@ -51,6 +51,7 @@ class IndependenceChains:
         num_steps: Steps so far.
         num_accepted: Proposals taken so far, in all chains.
         num_evaluations: Rows at which the target was evaluated.
+        proposed: Log weights of the last proposals, shape ``(N,)``; empty before the first step.
 
     Example:
         >>> class Wide:
@@ -79,6 +80,7 @@ class IndependenceChains:
         self.num_steps = 0
         self.num_accepted = 0
         self.num_evaluations = len(z)
+        self.proposed = torch.empty(0, dtype=torch.float64)
 
     @torch.no_grad()
     def step(self, proposal: Proposal) -> None:
@@ -91,7 +93,7 @@ class IndependenceChains:
         proposed = proposal.sample(count)
         new_density = self._target(proposed)
         self.num_evaluations += count
-        new = new_density - proposal.log_prob(proposed)
+        self.proposed = new = new_density - proposal.log_prob(proposed)
         old = self.log_density - proposal.log_prob(self.z)
         uniform = torch.rand(count, generator=self._generator, dtype=torch.float64)
         # A difference of two infinite terms is NaN, which no number is below: turned down.
@@ -143,6 +145,8 @@ class ConditionalImportance:
         num_steps: Steps so far.
         num_accepted: Steps that ended at a proposal.
         num_evaluations: Rows at which the target was evaluated.
+        proposed: Log weights of the last proposals, not normalised, shape ``(N - 1,)``; empty
+            before the first step.
 
     References:
         Naesseth, Lindsten and Blei (2020), Markovian Score Climbing,
@@ -167,6 +171,7 @@ class ConditionalImportance:
         self.num_steps = 0
         self.num_accepted = 0
         self.num_evaluations = 1
+        self.proposed = torch.empty(0, dtype=torch.float64)
 
     @torch.no_grad()
     def step(self, proposal: Proposal) -> None:
@@ -191,6 +196,7 @@ class ConditionalImportance:
             )
         weights = weights.clamp(max=torch.finfo(weights.dtype).max)  # a state that q cannot reach
         self.candidates, self.log_weights = candidates, torch.log_softmax(weights, 0)
+        self.proposed = weights[1:]
         pick = torch.multinomial(self.log_weights.exp(), 1, generator=self._generator)
         self.z, self.log_density = candidates[pick[0]], density[pick]
         self.num_steps += 1

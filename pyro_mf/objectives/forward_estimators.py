@@ -21,7 +21,8 @@ from pyro_mf.kernels.independence import ConditionalImportance, IndependenceChai
 from pyro_mf.objectives.forward_scoring import Scorer
 
 # Log weights of so many recent draws are kept for k-hat.
-_MAX_WEIGHTS = 1000
+_MAX_WEIGHTS = 2000
+_WATCHED = 200  # steps whose acceptance is looked at
 
 
 class Draws(NamedTuple):
@@ -169,6 +170,8 @@ class _MarkovChains:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self.draws: Draws | None = None
+        self._accepted = deque([(0, 0.0)], maxlen=_WATCHED + 1)  # steps and sum of their shares
+        self._recent: deque[Tensor] = deque(maxlen=max(1, _MAX_WEIGHTS // setting.num_particles))
 
     def advance(self, *, target_changed: bool) -> Draws:
         """See :class:`Estimator`.
@@ -180,6 +183,8 @@ class _MarkovChains:
             self.chains.refresh()
         with seeded(self._setting.generator):
             self.chains.step(self._setting.proposal)
+        self._accepted.append(self._count_accepted())
+        self._recent.append(self.chains.proposed)
         self.draws = self._read()
         return self.draws
 
@@ -188,8 +193,12 @@ class _MarkovChains:
 
     @property
     def acceptance(self) -> float:
-        """Share of proposals taken, or of steps that ended at a new point."""
-        return self.chains.acceptance
+        """Share of the latest proposals taken, or of steps that ended at a new point."""
+        (before, sum_before), (now, sum_now) = self._accepted[0], self._accepted[-1]
+        return (sum_now - sum_before) / (now - before) if now > before else self.chains.acceptance
+
+    def _count_accepted(self) -> tuple[int, float]:
+        return self.chains.num_steps, self.chains.num_steps * self.chains.acceptance
 
     @property
     def num_evaluations(self) -> int:
@@ -197,8 +206,8 @@ class _MarkovChains:
         return self.chains.num_evaluations
 
     def recent_log_weights(self) -> Tensor | None:
-        """See :class:`Estimator`."""
-        return None
+        """Of proposals: what they cover too thinly shows there, and in no chain that they feed."""
+        return torch.cat(tuple(self._recent)) if self._recent else None
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`Estimator`."""
@@ -207,6 +216,8 @@ class _MarkovChains:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Estimator`."""
         self.chains.load_state_dict(state)
+        self._accepted.clear()
+        self._accepted.append(self._count_accepted())
         if self.chains.num_steps:
             self.draws = self._read()
 

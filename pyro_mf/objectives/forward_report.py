@@ -141,11 +141,21 @@ class Watch:
                 f"over the last {len(self._states)} steps (above {_MAX_RHAT}), and "
                 f"{found.num_stuck} of {len(self._states[0])} hardly move or stay in another mode"
             )
-        elif self.name == "snis" and (found.khat > _MAX_KHAT or self._mean_ess < _MIN_ESS):
+        elif uneven := self._unevenness(found):
             text = (
-                f"the importance weights of estimator='snis' are too uneven: k-hat is "
-                f"{found.khat:.2f} (above {_MAX_KHAT}), or the draws of a step are worth "
-                f"{self._mean_ess:.1f} (below {_MIN_ESS}), so the fit is narrower than forward "
-                "KL's optimum"
+                f"the importance weights of estimator='{self.name}' are too uneven: {uneven}, so "
+                "the fit is narrower than forward KL's optimum"
             )
         return text
+
+    def _unevenness(self, found: ForwardDiagnostics) -> str:
+        parts = []
+        # At first proposals are poor because the guide is still on its way.
+        is_early = self.name != "snis" and self.num_steps <= min(_LOOKS)
+        if found.khat > _MAX_KHAT and not is_early:
+            parts.append(f"k-hat is {found.khat:.2f} (above {_MAX_KHAT})")
+        if self.name == "snis" and self._mean_ess < _MIN_ESS:
+            parts.append(
+                f"the draws of a step are worth {self._mean_ess:.1f} (below {_MIN_ESS:.0f})"
+            )
+        return " and ".join(parts)

@@ -21,6 +21,9 @@ from pyro_mf.solvers.outcome import Outcome, Report, StopReason, silent
 _PARTICLES_CAPTURED, _PARTICLES_TRACED = 8, 1
 # Evaluations of the ELBO at the end: so many at a time, until its error in nats is small.
 _NUM_EVALUATIONS, _MAX_EVALUATIONS, _SMALL_ERROR = 64, 512, 0.1
+# Steps between looks at whether the forward KL's draws are of use, and looks in a row at which they
+# are not that end the run: by then any guide has come to where its proposals are best.
+_LOOK, _MAX_FAULTS = 200, 10
 
 
 def solve_stochastic(
@@ -110,7 +113,7 @@ def solve_stochastic(
     captured = time.perf_counter()
     with random_state.forked(seed):
         descent = Descent(loss, leaves, tolerance, state)
-        reason, message = _run(descent, max_steps, report)
+        reason, message = _run(descent, max_steps, report, lambda: _fault(objective))
         kept = descent.state()
         leaves.write(descent.best())
         leaves.clear_gradient()
@@ -137,15 +140,29 @@ def solve_stochastic(
     )
 
 
-def _run(descent: Descent, max_steps: int, report: Report) -> tuple[StopReason, str]:
+def _fault(objective: Any) -> str | None:
+    return objective.fault if isinstance(objective, ForwardKL) else None
+
+
+def _run(
+    descent: Descent, max_steps: int, report: Report, fault: Callable[[], str | None]
+) -> tuple[StopReason, str]:
     """Step until there is a reason to stop; Ctrl-C is one, wherever it comes."""
+    num_faults = 0
     try:
-        for _ in range(max_steps):
-            if not descent.step():
-                continue
-            report(descent.progress())
-            if descent.is_done:
-                return "converged", f"{descent.describe()}."
+        for step in range(1, max_steps + 1):
+            if descent.step():
+                report(descent.progress())
+                if descent.is_done:
+                    return "converged", f"{descent.describe()}."
+            if step % _LOOK == 0:
+                found = fault()
+                num_faults = 0 if found is None else num_faults + 1
+                if num_faults == _MAX_FAULTS:
+                    return "budget", (
+                        f"stopped after {step} of at most {max_steps} steps, as the draws have "
+                        f"been of no use for {(_MAX_FAULTS - 1) * _LOOK}: {found}"
+                    )
         return "budget", (
             f"max_steps={max_steps} steps are used up; {descent.describe()}. Go on with state=, "
             "raise max_steps, or ask for less with a larger tolerance."

@@ -14,6 +14,7 @@ from pyro_mf import AutoMeanField, CheckpointError, ConvergenceWarning, FitResul
 from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.problem import read_problem
 from pyro_mf.objectives import ReverseKL
+from pyro_mf.solvers import stochastic
 
 X = torch.tensor([0.3, -1.2, 0.8, 2.2, 0.4, 1.3], dtype=torch.float64)
 
@@ -199,6 +200,45 @@ def test_a_stochastic_fit_to_bad_draws_has_not_converged(monkeypatch):
     monkeypatch.setattr(ForwardKL, "fault", "the weights are too uneven")
     with pytest.warns(ConvergenceWarning, match="But the weights are too uneven"):
         assert fit(prior, **options).stop_reason == "budget"
+
+
+def multinormal(size, rho):
+    covariance = (1 - rho) * torch.eye(size) + rho
+    return lambda: pyro.sample("z", dist.MultivariateNormal(torch.zeros(size), covariance))
+
+
+ESTIMATORS = ["imh", *(pytest.param(name, marks=pytest.mark.slow) for name in ("msc", "snis"))]
+
+
+class TestEstimatorsThatCannotWork:
+    """With many correlated latents proposals of the guide do not reach the posterior."""
+
+    @pytest.fixture(autouse=True)
+    def look_often(self, monkeypatch):
+        monkeypatch.setattr(stochastic, "_LOOK", 50)  # so that 500 steps of faults are too many
+
+    @pytest.mark.filterwarnings("ignore::pyro_mf.EstimatorWarning")
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_they_are_not_followed_to_the_end(self, estimator):
+        with pytest.warns(ConvergenceWarning, match=r"of no use for 450: .*estimator='hmc'"):
+            result = fit(multinormal(20, 0.9), objective=ForwardKL(16, estimator=estimator))
+        assert result.stop_reason == "budget"
+        assert len(result.losses) < 1000
+        assert "draws have been of no use" in result.message
+        assert bool(torch.isfinite(result.guide.scale).all())
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_control_those_that_work_are_left_alone(self, estimator):
+        objective = ForwardKL(16, estimator=estimator)
+        result = fit(multinormal(2, 0.5), objective=objective, tolerance=0.3)
+        assert result.converged, result.message
+
+    @pytest.mark.slow
+    def test_control_chains_of_their_own_work_where_proposals_of_the_guide_do_not(self):
+        options = {"objective": ForwardKL(16, estimator="hmc"), "tolerance": 0.3}
+        result = fit(multinormal(20, 0.9), solver="stochastic", **options)
+        assert result.converged, result.message
+        assert bool((result.guide.scale.log().abs() < 0.3).all())
 
 
 def test_what_did_not_converge_warns():
