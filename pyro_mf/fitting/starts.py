@@ -14,9 +14,11 @@ from pyro_mf.fitting.choice import Choice
 from pyro_mf.fitting.problem import Limits, Problem
 from pyro_mf.fitting.restarts import Optimum, best_of, current_params
 from pyro_mf.fitting.score import score_objective, without_pathwise
+from pyro_mf.guides import AutoMeanFieldMixture
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.auto_families import solve_auto
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
+from pyro_mf.solvers.mixture import solve_mixture
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 from pyro_mf.solvers.outcome import Report
 from pyro_mf.solvers.pathwise import solve_pathwise
@@ -60,7 +62,9 @@ def solve(
     elif choice.solver == "deterministic" and isinstance(guide.family, Normal):
         outcome = solve_deterministic(problem.log_joint, guide, seed=seed, report=report, **options)
     elif choice.solver == "deterministic":
-        outcome = solve_pathwise(
+        is_mixture = isinstance(guide, AutoMeanFieldMixture)
+        run = solve_mixture if is_mixture else solve_pathwise
+        outcome = run(
             problem.log_joint, guide, seed=seed, report=report, disperse=disperse, **options
         )
     elif choice.solver == "moment_matching" and given is not None:
