@@ -106,7 +106,7 @@ def _solve(law: LogConcave, noise: Tensor, *shape: Tensor) -> Tensor:
     mode = law.mode(*shape)  # one for all draws
     is_left = torch.ones_like(mode) > 0.0
     up_to_mode = law.tail(mode, is_left, *shape, num_nodes=NUM_NODES).log_mass
-    below, above = _log_tails(noise)
+    below, above = log_tails(noise)
     is_left = below <= up_to_mode
     target = torch.where(is_left, below, above)
     outward = torch.where(is_left, -1.0, 1.0).to(noise)
@@ -122,7 +122,7 @@ def _solve(law: LogConcave, noise: Tensor, *shape: Tensor) -> Tensor:
     return mode + outward * distance
 
 
-def _log_tails(noise: Tensor) -> tuple[Tensor, Tensor]:
+def log_tails(noise: Tensor) -> tuple[Tensor, Tensor]:
     """Log probabilities below and above normal noise; ``log_ndtr`` has no rule for vmap."""
     thin = (0.5 * torch.special.erfcx(noise.abs() * 0.5**0.5)).log() - 0.5 * noise.square()
     thick = torch.log1p(-thin.exp())

@@ -166,7 +166,7 @@ class _Capacitance(NamedTuple):
 
 
 def _capacitance(params: Params) -> _Capacitance:
-    """Loadings over own scales, the root of M, and an element's share of half its log determinant."""
+    """Loadings over own scales, the root of M, and each element's share of its log determinant."""
     _, cov_factor, scale = params
     v = cov_factor / scale[..., None]
     k, rank = v.shape[-2:]
