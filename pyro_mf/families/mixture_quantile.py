@@ -62,7 +62,8 @@ def _solve(log_probs: Tensor, locs: Tensor, scales: Tensor, target: Tensor) -> T
     log_p = torch.special.log_ndtr(target)
     for _ in range(_NUM_HALVINGS):
         middle = 0.5 * (low + high)
-        is_below = _log_cdf(log_probs, locs, scales, middle) < log_p
+        log_cdfs: Tensor = torch.special.log_ndtr((middle[..., None] - locs) / scales)
+        is_below = torch.logsumexp(log_probs + log_cdfs, -1) < log_p
         low = torch.where(is_below, middle, low)
         high = torch.where(is_below, high, middle)
     y = 0.5 * (low + high)
@@ -76,19 +77,14 @@ def _newton_step(
     log_probs: Tensor, locs: Tensor, scales: Tensor, target: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Residual of the log probability over its slope in y, and where that slope is next to none."""
-    log_cdf = _log_cdf(log_probs, locs, scales, y)
     z = (y[..., None] - locs) / scales
+    log_cdf = torch.logsumexp(log_probs + _log_ndtr(z), -1)
     log_density = torch.logsumexp(log_probs - 0.5 * z.square() - scales.log() - _HALF_LOG_2PI, -1)
     log_width = scales.detach().log().amax(-1)
     log_inverse = log_cdf - log_density
     residual: Tensor = log_cdf - torch.special.log_ndtr(target)
     step = residual * torch.minimum(log_inverse, log_width + _MAX_LOG_SLOPE).exp()
     return step, log_inverse > log_width + _MAX_CURVED
-
-
-def _log_cdf(log_probs: Tensor, locs: Tensor, scales: Tensor, y: Tensor) -> Tensor:
-    z = (y[..., None] - locs) / scales
-    return torch.logsumexp(log_probs + _log_ndtr(z), -1)
 
 
 def _log_ndtr(z: Tensor) -> Tensor:

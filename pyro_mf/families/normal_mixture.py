@@ -16,7 +16,7 @@ from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width, likelier
 
 _MAX_LOG = 4.0  # components' probabilities and sds are within a factor of e^8 of each other
-_SPREAD = 0.5  # of the components' means at the start, in sds: equal ones would never part
+_SPREAD = 1.0  # of the means at the start, in components' sds: equal ones would never part
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class NormalMixture:
     @property
     def param_names(self) -> tuple[str, ...]:
         """Mean, standard deviation, and the shape, ``(K - 1,)`` each."""
-        return ("loc", "scale", "logits", "locs", "log_scales")
+        return ("loc", "scale", "mixture_logits", "mixture_locs", "mixture_log_scales")
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
@@ -70,10 +70,10 @@ class NormalMixture:
         return (real, constraints.positive, real, real, real)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
-        """Equal components close to each other, which are nearly the Normal.
+        """Equally wide components close to each other, which are nearly the Normal.
 
-        Their means are apart by a little, since components that are the same get the same
-        gradients and would remain so.
+        Their means are from one of their standard deviations below to one above, since components
+        that are the same get the same gradients and would remain so.
         """
         free = self.num_components - 1
         zeros = loc.new_zeros(*loc.shape, free)
