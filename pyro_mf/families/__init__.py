@@ -8,10 +8,36 @@ from __future__ import annotations
 
 import difflib
 
+from pyro_mf.families.beta import Beta
+from pyro_mf.families.full_rank import FullRank
+from pyro_mf.families.gamma import Gamma
+from pyro_mf.families.histogram import Histogram
+from pyro_mf.families.laplace import Laplace
+from pyro_mf.families.log_normal import LogNormal
+from pyro_mf.families.logistic import Logistic
+from pyro_mf.families.low_rank import LowRank
 from pyro_mf.families.normal import Normal
+from pyro_mf.families.normal_mixture import NormalMixture
 from pyro_mf.families.protocol import Family, Params
+from pyro_mf.families.sinh_arcsinh import SinhArcsinh
+from pyro_mf.families.spline import Spline
+from pyro_mf.families.student_t import StudentT
 
-FAMILIES: dict[str, type[Family]] = {"normal": Normal}
+FAMILIES: dict[str, type[Family]] = {
+    "normal": Normal,
+    "laplace": Laplace,
+    "logistic": Logistic,
+    "student_t": StudentT,
+    "sinh_arcsinh": SinhArcsinh,
+    "spline": Spline,
+    "normal_mixture": NormalMixture,
+    "histogram": Histogram,
+    "log_normal": LogNormal,
+    "gamma": Gamma,
+    "beta": Beta,
+    "full_rank": FullRank,
+    "low_rank": LowRank,
+}
 
 
 def get_family(family: str | Family) -> Family:
@@ -44,4 +70,22 @@ def get_family(family: str | Family) -> Family:
     return family
 
 
-__all__ = ["FAMILIES", "Family", "Normal", "Params", "get_family"]
+__all__ = [
+    "FAMILIES",
+    "Beta",
+    "Family",
+    "FullRank",
+    "Gamma",
+    "Histogram",
+    "Laplace",
+    "LogNormal",
+    "Logistic",
+    "LowRank",
+    "Normal",
+    "NormalMixture",
+    "Params",
+    "SinhArcsinh",
+    "Spline",
+    "StudentT",
+    "get_family",
+]

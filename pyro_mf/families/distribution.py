@@ -78,8 +78,8 @@ class FamilyDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density by element of the batch, in nats."""
         lead = value.shape[: value.dim() - len(self._shape)]
-        parts = self.family.log_prob(self.params, value.reshape(*lead, *self._view))
-        return self._by_batch(parts.reshape(*lead, *self._shape))
+        parts = self.family.log_prob(self.params, value.reshape((*lead, *self._view)))
+        return self._by_batch(parts.reshape((*lead, *self._shape)))
 
     def entropy(self) -> Tensor:
         """Entropy by element of the batch, in nats.
@@ -91,6 +91,17 @@ class FamilyDistribution(Distribution):
         if found is None:
             raise NotImplementedError(f"{self.family.name} factors have no entropy in closed form.")
         return self._by_batch(found.reshape(self._shape)).expand(self._batch_shape)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Distribution functions of the elements, for elements that are numbers.
+
+        Raises:
+            NotImplementedError: If the family has none.
+        """
+        known = getattr(self.family, "cdf", None)
+        if known is None or self._view != self._shape or self.event_shape:
+            raise NotImplementedError(f"{self.family.name} factors have no cdf here.")
+        return known(self.params, value)  # type: ignore[no-any-return]
 
     def icdf(self, value: Tensor) -> Tensor:
         """Quantiles of the elements' own distributions, for elements that are numbers.

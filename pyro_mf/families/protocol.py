@@ -62,7 +62,7 @@ class Family(Protocol):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Draw parameter-free noise, for values of a shape, in as many numbers as it takes."""
+        """Draw standard normal noise for values of a shape, in as many numbers as it takes."""
         ...
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ def factor_of(family: Family, params: Params, site: Site, shape: torch.Size) -> 
     if event_dim_of(family):
         base = as_pyro(_blocks(family, params, shape, event_dim))
     else:
-        base = as_pyro(family.distribution(params)).to_event(event_dim)
+        factor = family.distribution(params)
+        if not factor.has_rsample:  # a mixture of torch's, which a score gradient would be used for
+            factor = FamilyDistribution(family, params, shape)
+        base = as_pyro(factor).to_event(event_dim)
     if site.is_real:
         return base
     # The cache gives log_prob of a draw the very u it came from, where inverting is inexact.
