@@ -166,7 +166,7 @@ def enumerated_terms(
     trace.compute_log_prob()
     trace.pack_tensors()
     summed = set(trace.symbol_to_dim) - set(trace.plate_to_symbol.values())
-    summed -= {trace.nodes[name]["infer"]["_enumerate_symbol"] for name in kept}
+    summed -= {enumerated_symbol(trace.nodes[name]) for name in kept}
     terms: list[Term] = []
     coupled: list[tuple[Node, frozenset[str]]] = []
     for node in trace.nodes.values():
@@ -218,7 +218,7 @@ def _summed_out(nodes: list[tuple[Node, frozenset[str]]], summed: set[str]) -> l
     tree: OrderedDict[Any, list[Tensor]] = OrderedDict()
     for node, plates in nodes:
         factor = node["packed"]["unscaled_log_prob" if is_common else "log_prob"]
-        if is_common and node["infer"].get("_enumerate_dim") is None:
+        if is_common and enumerated_dim(node) is None:
             factor = packed.scale_and_mask(factor, mask=node["packed"]["mask"])
         tree.setdefault(plates, []).append(factor)
     with shared_intermediates() as cache:
@@ -236,23 +236,50 @@ def enumerated_log_prob(trace: Any, max_plate_nesting: int) -> Tensor:
     return torch.stack([term.value.sum() for term in terms]).sum()
 
 
-def pack_like(value: Tensor, node: Node) -> tuple[Tensor, str]:
+class Packed(NamedTuple):
+    """A tensor without dimensions of size one, and a symbol for each that it has."""
+
+    value: Tensor
+    dims: str
+
+
+def pack_like(value: Tensor, node: Node) -> Packed:
     """A tensor with a site's batch dimensions, packed as the site's own log density is.
 
     Args:
         value: The tensor.
         node: A site of a trace whose tensors are packed.
-
-    Returns:
-        The packed tensor, and its dimensions' symbols.
     """
     value = packed.pack(value[...], node["infer"]["_dim_to_symbol"])
-    return value, value._pyro_dims  # type: ignore[attr-defined]
+    return Packed(value, value._pyro_dims)  # type: ignore[attr-defined]
+
+
+def unpack_like(packed_value: Packed, node: Node) -> Tensor:
+    """The inverse of :func:`pack_like`, up to leading dimensions of size one.
+
+    Args:
+        packed_value: The packed tensor.
+        node: The site.
+    """
+    value = packed_value.value[...]
+    value._pyro_dims = packed_value.dims  # type: ignore[attr-defined]
+    dims = {symbol: dim for dim, symbol in node["infer"]["_dim_to_symbol"].items()}
+    return packed.unpack(value, dims)  # type: ignore[no-any-return]
 
 
 def enumerated_symbol(node: Node) -> str | None:
     """The symbol of the dimension along which a site is enumerated; ``None`` if it is not."""
     return node["infer"].get("_enumerate_symbol")  # type: ignore[no-any-return]
+
+
+def enumerated_dim(node: Node) -> int | None:
+    """The dimension of the log density along which a site is enumerated, from the right."""
+    return node["infer"].get("_enumerate_dim")  # type: ignore[no-any-return]
+
+
+def has_enumerated_dims(node: Node) -> bool:
+    """Whether a site's log density may depend on enumerated values."""
+    return node["type"] == "sample" and bool(node["infer"].get("_dim_to_id"))
 
 
 def enumerated_log_likelihood(

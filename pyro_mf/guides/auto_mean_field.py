@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from pyro_mf._errors import GuideMismatchError
 from pyro_mf.density.sites import Plate, Site
@@ -19,7 +18,14 @@ from pyro_mf.families.protocol import event_dim_of
 from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.factors import as_pyro, factor_of
 from pyro_mf.guides.plates import as_plates
-from pyro_mf.guides.prototype import InitFn, Model, init_to_origin, model_indices, read_call
+from pyro_mf.guides.prototype import (
+    InitFn,
+    Model,
+    call_key,
+    init_to_origin,
+    model_indices,
+    read_call,
+)
 from pyro_mf.guides.site_families import FamilySpec, cut
 
 
@@ -118,7 +124,7 @@ class AutoMeanField(DiscreteGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        self._calls.add(_call_key(args, kwargs))
+        self._calls.add(call_key(args, kwargs))
 
     def _factor(self, site: Site, params: tuple[Tensor, ...], plates: Mapping[str, Any]) -> Any:
         family, own = cut(self.family, params, site)
@@ -146,7 +152,7 @@ class AutoMeanField(DiscreteGuide):
 
     def _check_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Look at the model again when the arguments have shapes that were not seen before."""
-        key = _call_key(args, kwargs)
+        key = call_key(args, kwargs)
         if key not in self._calls and self._model is not None:
             self._minibatch = read_call(
                 self.model, self.layout, self._minibatch, args, kwargs, self._discrete
@@ -291,15 +297,3 @@ def _check_divisible(family: Family, site: Site) -> None:
             "but the model visits only a minibatch of them. Use over='slice' (a block for every "
             "element of the plate), 'normal', or the full data."
         )
-
-
-def _call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Everything about a call that can change the size of a plate."""
-    leaves, tree = tree_flatten((args, dict(kwargs)))
-    return str(tree), tuple(map(_leaf_key, leaves))
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if hasattr(leaf, "shape"):
-        return tuple(leaf.shape)
-    return leaf if isinstance(leaf, int | str) else type(leaf)

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.ops.tensor_utils import periodic_repeat
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
@@ -174,6 +175,23 @@ def read_call(
     subsampled = {name for name, plate in plates.items() if plate.is_subsampled}
     followed = minibatch.followed | subsampled | (given & plates.keys())
     return MinibatchPlates(frozenset(followed), minibatch.given | given)
+
+
+def call_key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Everything about a call that can change the size of a plate.
+
+    Args:
+        args: The model's positional arguments.
+        kwargs: The model's keyword arguments.
+    """
+    leaves, tree = tree_flatten((args, dict(kwargs)))
+    return str(tree), tuple(map(_leaf_key, leaves))
+
+
+def _leaf_key(leaf: Any) -> Any:
+    if hasattr(leaf, "shape"):
+        return tuple(leaf.shape)
+    return leaf if isinstance(leaf, int | str) else type(leaf)
 
 
 class _AllKnown(Exception):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,10 +16,24 @@ from torch import Tensor
 from pyro_mf import _pyro
 from pyro_mf._errors import GuideMismatchError, ModelError, NonFiniteError
 from pyro_mf.density.tracing import TracingMode
+from pyro_mf.objectives.discrete import Plan
 from pyro_mf.objectives.entropy import EntropyEstimator
+from pyro_mf.objectives.enumeration import Fn, enumerate_joint
 from pyro_mf.objectives.non_finite import LinAlgError
 
-Fn = Callable[..., Any]
+
+class Draw(NamedTuple):
+    """One draw's estimate of the ELBO.
+
+    Args:
+        elbo: The estimate, differentiable; by what is drawn without a pathwise gradient it is not.
+        log_joint: The part of it that depends on draws.
+        log_score: Log probability of what is drawn without a pathwise gradient; zero if nothing is.
+    """
+
+    elbo: Tensor
+    log_joint: Tensor
+    log_score: Tensor
 
 
 def traced_elbo(
@@ -39,11 +54,48 @@ def traced_elbo(
         NonFiniteError: If some site's log probability is not finite.
         ValueError: What Pyro's own validation finds.
     """
+    plan = Plan(nesting=max_plate_nesting)
+    return traced_draw(model, guide, args, kwargs, entropy, plan).elbo
 
-    def estimate() -> Tensor:
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        log_joint = _log_joint(model, guide_trace, args, kwargs, max_plate_nesting)
-        return log_joint + _entropy(guide, guide_trace, args, kwargs, entropy)
+
+def traced_draw(
+    model: Fn,
+    guide: Fn,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    entropy: EntropyEstimator,
+    plan: Plan,
+) -> Draw:
+    """The same of a guide some of whose discrete sites are known to be independent factors.
+
+    Args:
+        model: The model.
+        guide: The guide.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+        entropy: Estimator of the entropy of continuous sites; of discrete ones it is exact.
+        plan: What is done with the guide's discrete sites.
+
+    Raises:
+        GuideMismatchError: If a continuous latent of the model has no site in the guide.
+        ModelError: If the guide has another site without reparameterised draws.
+        NonFiniteError: If some site's log probability is not finite.
+        ValueError: What Pyro's own validation finds.
+    """
+
+    def estimate() -> Draw:
+        trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        nesting = plan.nesting
+        if math.isinf(nesting):
+            nesting = _pyro.plate_nesting(model, trace, args, kwargs)
+        kept = plan.enumerated
+        joint = enumerate_joint(model, trace, args, kwargs, int(nesting), kept=kept)
+        factors: Any = {name: trace.nodes[name]["fn"] for name in kept}
+        log_joint = joint.expectation(joint.probs(factors))
+        drawn: list[Any] = [trace.nodes[name] for name in plan.drawn]
+        scores = [node["fn"].log_prob(node["value"]).sum() for node in drawn]
+        elbo = log_joint + _entropy(guide, trace, args, kwargs, entropy, plan.sites)
+        return Draw(elbo, log_joint, torch.stack(scores).sum() if scores else torch.zeros(()))
 
     try:
         return estimate()
@@ -57,46 +109,23 @@ def traced_elbo(
         raise
 
 
-def _log_joint(
-    model: Fn, guide_trace: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: float
-) -> Tensor:
-    if nesting == float("inf"):
-        nesting = _pyro.plate_nesting(model, guide_trace, args, kwargs)
-    runnable = _pyro.enumerated(model, int(nesting))
-    trace = poutine.trace(poutine.replay(runnable, trace=guide_trace)).get_trace(*args, **kwargs)
-    latent = {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not node["is_observed"] and not _pyro.is_subsample(node)
-    }
-    summed_out = [n for n in latent if n not in guide_trace and _pyro.is_enumerable(latent[n])]
-    missing = [n for n in latent if n not in guide_trace and n not in summed_out]
-    if missing:
-        raise GuideMismatchError(
-            f"latent sites {missing} of the model have no sample statement in the guide, which has "
-            f"{list(guide_trace.stochastic_nodes)}. Add them to the guide, or observe them."
-        )
-    trace.compute_log_prob()
-    _check_finite(trace)
-    if summed_out:
-        return _pyro.enumerated_log_prob(trace, int(nesting))
-    return torch.as_tensor(trace.log_prob_sum())
-
-
 def _entropy(
     guide: Fn,
     trace: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     entropy: EntropyEstimator,
+    discrete: frozenset[str],
 ) -> Tensor:
     nodes = _stochastic(trace)
+    exact = [_site_entropy(nodes.pop(name), closed_form=True) for name in sorted(discrete)]
     for name, node in nodes.items():
         if not (node["fn"].has_rsample or is_point(node["fn"])):
             raise ModelError(
                 f"guide site '{name}' ({type(node['fn']).__name__}) has no reparameterised draws, "
                 "which ReverseKL's gradient needs. Leave a discrete site out of the guide to have "
-                "it summed out, or use pyro.infer.TraceGraph_ELBO."
+                "it summed out, give it to an AutoMeanField (family={...: 'categorical'}), or use "
+                "pyro.infer.TraceGraph_ELBO."
             )
     if entropy.detaches_params:
         # Log q again at the same draws, the guide's parameters detached: only the draws carry
@@ -109,10 +138,11 @@ def _entropy(
         values = tuple(leaf.detach() for leaf in leaves.values())
         with TracingMode(leaves, values, ()), poutine.block():
             trace = poutine.trace(poutine.replay(guide, trace=trace)).get_trace(*args, **kwargs)
-        nodes = _stochastic(trace)
+        nodes = {name: trace.nodes[name] for name in nodes}
     trace.compute_log_prob()
     _check_finite(trace)
     terms = [_site_entropy(node, closed_form=entropy.uses_closed_form) for node in nodes.values()]
+    terms += exact
     return torch.stack([torch.as_tensor(t) for t in terms]).sum() if terms else torch.zeros(())
 
 

@@ -13,9 +13,11 @@ from pyro_mf import _pyro
 from pyro_mf.density.capture import Backend, check_backend
 from pyro_mf.density.recorder import map_tensors
 from pyro_mf.guides.protocol import is_factorised
+from pyro_mf.guides.prototype import call_key
 from pyro_mf.objectives.captured import CapturedELBO, Estimate
+from pyro_mf.objectives.discrete import Plan, make_plan, score_surrogate
 from pyro_mf.objectives.entropy import EntropyEstimator, get_entropy
-from pyro_mf.objectives.general import traced_elbo
+from pyro_mf.objectives.general import traced_draw, traced_elbo
 from pyro_mf.objectives.gradients import (
     WithGradients,
     add_gradients,
@@ -40,6 +42,10 @@ class ReverseKL(ELBO):
     :class:`~pyro_mf.AutoMeanField` the loss and its gradient are captured once as a graph, batched
     over particles. With any other guide, or inside other effect handlers, Pyro runs model and guide
     as usual. Discrete latents that the guide leaves out are summed out on both.
+
+    Discrete sites that have factors in the guide are summed over exactly, each term of the log
+    joint against the factors that it depends on. Where the model cannot be run with all values at
+    once, or there are too many, they are drawn: a :class:`~pyro_mf.ScoreGradientWarning` says so.
 
     Args:
         num_particles: Draws S per step, at least 1.
@@ -92,6 +98,7 @@ class ReverseKL(ELBO):
         self.entropy = get_entropy(entropy)
         self.backend = check_backend(backend)
         self._captured: list[CapturedELBO] = []
+        self._plans: list[tuple[Fn, Any, Any, Plan]] = []
 
     def loss(self, model: Fn, guide: Fn, *args: Any, **kwargs: Any) -> float:
         """Estimate the negative ELBO in nats, without gradients."""
@@ -124,6 +131,8 @@ class ReverseKL(ELBO):
         return self._general_loss(model, guide, args, kwargs)
 
     def _general_loss(self, model: Fn, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        if getattr(guide, "has_discrete_factors", False):
+            return self._discrete_loss(model, guide, args, kwargs)
         is_mixture = hasattr(type(guide), "strata")
         strata = guide.strata(*args, **kwargs) if is_mixture else [(1.0, guide)]
         elbos = [
@@ -133,6 +142,29 @@ class ReverseKL(ELBO):
         ]
         loss: Tensor = -torch.stack(elbos).sum() / self.num_particles
         return loss
+
+    def _discrete_loss(self, model: Fn, guide: Any, args: Any, kwargs: Any) -> Tensor:
+        """The loss where discrete sites have factors: exact in these, or with score gradients."""
+        guide.setup(*args, **kwargs)
+        plan = self._plan(model, guide, args, kwargs)
+        # A baseline of the other draws needs another draw.
+        count = max(2, self.num_particles) if plan.drawn else self.num_particles
+        draws = [traced_draw(model, guide, args, kwargs, self.entropy, plan) for _ in range(count)]
+        elbo = torch.stack([draw.elbo for draw in draws]).mean()
+        if plan.drawn:
+            elbo = elbo + score_surrogate(
+                [draw.log_joint for draw in draws], [draw.log_score for draw in draws]
+            )
+        return -elbo
+
+    def _plan(self, model: Fn, guide: Any, args: Any, kwargs: Any) -> Plan:
+        key = call_key(args, kwargs)
+        for other, of, known, plan in self._plans:
+            if other is model and of is guide and known == key:
+                return plan
+        plan = make_plan(model, guide, args, kwargs, self.max_plate_nesting)
+        self._plans = [*self._plans[-_MAX_PAIRS:], (model, guide, key, plan)]
+        return plan
 
     def _get_trace(self, model: Fn, guide: Fn, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -162,4 +194,5 @@ class ReverseKL(ELBO):
         return captured
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_captured": []}  # graphs are cheap to make again and cannot travel
+        # Graphs and plans are cheap to make again and cannot travel.
+        return self.__dict__ | {"_captured": [], "_plans": []}
