@@ -225,7 +225,7 @@ def _find(name: str) -> Family:
             f"family {name!r} is for discrete sites, which ask for it by name: "
             f"family={{'k': {name!r}}}."
         )
-    near = difflib.get_close_matches(name.lower(), _NAMES, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(name.lower(), _NAMES[:-1], n=1, cutoff=0.0)
     raise ValueError(
         f"Unknown family {name!r}. The families are {', '.join(map(repr, _NAMES))}; did you mean "
         f"{near[0]!r}?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +60,8 @@ class EnumeratedJoint:
         """
         parts = [_weighted(t, [probs[d] for d in t.dims if d in self.nodes])[0] for t in self.terms]
         total = torch.stack([part.sum() for part in parts]).sum()
-        if not math.isfinite(float(total)):
-            self._refuse(float(total))
+        if not bool(torch.isfinite(total)):
+            self._refuse(float(total.detach()))
         return total
 
     def _refuse(self, total: float) -> None:
