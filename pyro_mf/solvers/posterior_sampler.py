@@ -35,9 +35,9 @@ _NUM_SCOUTS = 32
 # Density values for importance sampling, and share of the rest of the budget for chains: what they
 # do not manage with that is for the next.
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
-# Draws by importance sampling at least, which are cheap, and share of the budget that chains may
-# take to become more precise than is needed.
-_MIN_DRAWS, _SPARE = 16_384, 0.2
+# Draws per latent by importance sampling at least, which are cheap, and share of the budget that
+# chains may take to become more precise than is needed.
+_DRAWS_PER_LATENT, _SPARE = 650, 0.2
 _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
 # Standard error of means and sds at which tempered draws are good enough to start a mixture from.
@@ -176,7 +176,7 @@ class PosteriorSampler:
                 generator=self.generator,
                 tolerance=self.max_error,
                 max_evaluations=min(budget, _MAX_VALUES),
-                min_draws=_MIN_DRAWS,
+                min_draws=_DRAWS_PER_LATENT * len(self.loc),
             )
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['importance']} failed: {error}")
