@@ -43,7 +43,9 @@ class MixtureFactor(TorchDistribution):
         self.loc, self.scale, self.component = loc, scale, component
         self._own = loc.shape[:-1]
         batch_dim = len(self._own) - event_dim
-        lead = log_weights.shape[: max(0, log_weights.dim() - 1 - batch_dim)]
+        lead = tuple(log_weights.shape[: max(0, log_weights.dim() - 1 - batch_dim)])
+        while lead and lead[0] == 1:  # left by a site with more batch dimensions
+            lead = lead[1:]
         self.logits = log_weights.reshape((*lead, log_weights.shape[-1]))
         self._family = FactorisedMixture(loc.shape[-1])
         shape = torch.Size((*lead, *self._own))
