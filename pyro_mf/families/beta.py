@@ -25,6 +25,7 @@ from pyro_mf.families.log_concave import (
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import mean_and_sd
 
+_FAR = 600.0  # logits from the mode, where exp does not overflow yet
 _RARE = 12.0  # logit beyond which a Beta is a Gamma law of the small side, to 1e-5
 
 
@@ -150,20 +151,16 @@ class LogitBeta:
         a, b = shape
         return a.log() - b.log()
 
-    def tail(self, u: Tensor, is_left: Tensor, *shape: Tensor, num_nodes: int) -> Tail:
-        """Mass of a tail; see :class:`~pyro_mf.families.log_concave.LogConcave`."""
-        log_density = _log_density(u, *shape)
-        u, a, b = _mirrored(u, is_left, *shape)
-        integral = _leftwards(u, a, b, num_nodes)[-1].sum(-1)
-        p = u.sigmoid()
-        ratio = (1.0 + p * (a + b) * integral) / a
-        slope = a * torch.sigmoid(-u) - b * p
-        return Tail(log_density + ratio.log(), ratio, slope)
+    def side(self, is_left: Tensor, *shape: Tensor) -> LogitBetaSide:
+        """Left sides or right ones; see :class:`~pyro_mf.families.log_concave.LogConcave`."""
+        a, b = shape
+        return LogitBetaSide(torch.where(is_left, a, b), torch.where(is_left, b, a))
 
     def sensitivities(self, u: Tensor, is_left: Tensor, *shape: Tensor) -> tuple[Tensor, ...]:
         """Derivatives by both concentrations."""
-        u, a, b = _mirrored(u, is_left, *shape)
-        log_x, log_y, integrand = _leftwards(u, a, b, NUM_NODES)
+        side = self.side(is_left, *shape)
+        u, a, b = torch.where(is_left, u, -u), side.a, side.b
+        log_x, log_y, integrand = side.leftwards(u, NUM_NODES)
         total = torch.digamma(a + b + 1.0)
         in_x = logsigmoid(u) - torch.digamma(a + 1.0)
         in_y = logsigmoid(-u) - torch.digamma(b)
@@ -174,50 +171,67 @@ class LogitBeta:
         return torch.where(is_left, by_a, -by_b), torch.where(is_left, by_b, -by_a)
 
 
-def _mirrored(u: Tensor, is_left: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.where(is_left, u, -u),
-        torch.where(is_left, a, b),
-        torch.where(is_left, b, a),
-    )
+class LogitBetaSide:
+    """The left side of the law of the logit of a Beta variable.
 
+    The density to the left is taken to be that of concentration ``a + 1``, which has no exponential
+    part of length ``1 / a``: ``I_x(a, b) = I_x(a + 1, b) + f(u) / a``.
 
-def _leftwards(u: Tensor, a: Tensor, b: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``log X`` and ``log(1 - X)`` left of ``u`` less those at it, and the density over that at it.
-
-    The density is that of concentration ``a + 1``, which has no exponential part of length
-    ``1 / a``: ``I_x(a, b) = I_x(a + 1, b) + f(u) / a``. It comes with the quadrature's weights.
+    Args:
+        a: Concentration of 1, positive, in doubles.
+        b: Concentration of 0.
     """
-    with torch.no_grad():  # where the tail is cut off does not matter
-        length = _length(u, a, b)
-    nodes, weights = nodes_and_weights(u, num_nodes)
-    steps = length[..., None] * nodes
-    is_low = u < 0.0  # whichever of X and 1 - X is near 1 has the small logarithm
-    out = torch.where(is_low, -1.0, 1.0).to(u)[..., None]
-    small = torch.log1p(torch.sigmoid(-u.abs())[..., None] * torch.expm1(out * steps))
-    linear = (out * torch.where(is_low, a + 1.0, b)[..., None]) * steps
-    fall = (a + b + 1.0)[..., None] * small - linear
-    integrand = length[..., None] * weights * torch.exp(-fall)
-    log_y = torch.where(is_low[..., None], -small, steps - small)
-    return log_y - steps, log_y, integrand
 
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b, self._both = a, b, a + b
+        self._mode = a.log() - b.log()
+        self._is_low = a < b  # whichever of X and 1 - X is near 1 has the small logarithm
+        self._minor = torch.minimum(a, b) / self._both
+        self._linear = torch.where(self._is_low, a, -b)
+        whole = log_gamma_remainder(self._both)
+        self._height = whole - log_gamma_remainder(a) - log_gamma_remainder(b)
 
-def _length(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Length on which the left tail's log density falls by NEGLIGIBLE: bounds, and Newton's method.
+    def mode(self) -> Tensor:
+        """Where the density is highest."""
+        return self._mode
 
-    The fall at distance r is a straight line in r and ``a + 1 + b`` times ``log(p + q e^r) - q r``,
-    both convex, so that the length is less than for either alone.
-    """
-    p, q, a = u.sigmoid(), torch.sigmoid(-u), a + 1.0
-    curved = NEGLIGIBLE / (a + b)
-    bound = torch.minimum(
-        (2.0 * curved / (p * q)).sqrt() + curved / p, (curved - logsigmoid(-u)) / p
-    )
-    length = torch.minimum(bound, NEGLIGIBLE / (a * q - b * p).clamp_min(torch.finfo(u.dtype).tiny))
-    length = torch.minimum(length, torch.log1p(torch.expm1(curved + q * length) / q))
-    for _ in range(2):
-        less_x, less_y = q * length.expm1(), p * torch.expm1(-length)
-        fall = a * less_x.log1p() + b * less_y.log1p()
-        slope = a * (q + less_x) / (1.0 + less_x) - b * (p + less_y) / (1.0 + less_y)
-        length = length - (fall - NEGLIGIBLE) / slope
-    return length
+    def tail(self, u: Tensor, num_nodes: int) -> Tail:
+        """Mass of a tail; see :class:`~pyro_mf.families.log_concave.Side`."""
+        distance = self._mode - u
+        near = distance.clamp_max(_FAR)
+        small = torch.log1p(self._minor * torch.where(self._is_low, -near, near).expm1())
+        small = small + torch.where(self._is_low, 0.0, distance - near)
+        fall = self._both * small + self._linear * distance
+        p = u.sigmoid()
+        integral = self.leftwards(u, num_nodes)[-1].sum(-1)
+        ratio = (1.0 + p * self._both * integral) / self.a
+        return Tail(self._height - fall + ratio.log(), ratio, self.a - self._both * p)
+
+    def leftwards(self, u: Tensor, num_nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``log X`` and ``log(1 - X)`` left of ``u`` less those at it, and the weighted density."""
+        with torch.no_grad():  # where the tail is cut off does not matter
+            length = self._length(u)
+        nodes, weights = nodes_and_weights(u, num_nodes)
+        steps = length[..., None] * nodes
+        is_low = u < 0.0
+        out = torch.where(is_low, -1.0, 1.0).to(u)[..., None]
+        small = torch.log1p(torch.sigmoid(-u.abs())[..., None] * torch.expm1(out * steps))
+        linear = (out * torch.where(is_low, self.a + 1.0, self.b)[..., None]) * steps
+        fall = (self._both + 1.0)[..., None] * small - linear
+        integrand = length[..., None] * weights * torch.exp(-fall)
+        log_y = torch.where(is_low[..., None], -small, steps - small)
+        return log_y - steps, log_y, integrand
+
+    def _length(self, u: Tensor) -> Tensor:
+        """A bound, hardly too long, on the length on which the log density falls by NEGLIGIBLE.
+
+        The fall at distance r is a straight line in r and ``a + 1 + b`` times
+        ``log(p + q e^r) - q r``, both convex, so that it takes longer for either alone.
+        """
+        p, q = u.sigmoid(), torch.sigmoid(-u)
+        curved = NEGLIGIBLE / (self._both + 1.0)
+        length = (2.0 * curved / (p * q)).sqrt() + curved / p
+        length = torch.minimum(length, (curved - logsigmoid(-u)) / p)
+        slope = ((self.a + 1.0) * q - self.b * p).clamp_min(torch.finfo(u.dtype).tiny)
+        length = torch.minimum(length, NEGLIGIBLE / slope)
+        return torch.minimum(length, torch.log1p(torch.expm1(curved + q * length) / q))

@@ -155,55 +155,71 @@ class LogGamma:
         """Where the density of the logarithm is highest."""
         return shape[0].log()
 
-    def tail(self, u: Tensor, is_left: Tensor, *shape: Tensor, num_nodes: int) -> Tail:
-        """Mass of a tail; see :class:`~pyro_mf.families.log_concave.LogConcave`."""
-        (a,), x = shape, u.exp()
-        integral = _outwards(u, is_left, a, num_nodes)[1].sum(-1)
-        ratio = torch.where(is_left, (1.0 + x * integral) / a, integral)
-        distance = u - a.log()
-        log_density = a * (distance - distance.expm1()) - log_gamma_remainder(a)
-        slope = torch.where(is_left, a - x, x - a)
-        return Tail(log_density + ratio.log(), ratio, slope)
+    def side(self, is_left: Tensor, *shape: Tensor) -> LogGammaSide:
+        """Left sides or right ones; see :class:`~pyro_mf.families.log_concave.LogConcave`."""
+        return LogGammaSide(is_left, shape[0])
 
     def sensitivities(self, u: Tensor, is_left: Tensor, *shape: Tensor) -> tuple[Tensor, ...]:
         """Derivative by the concentration."""
-        (a,) = shape
-        steps, integrand = _outwards(u, is_left, a, NUM_NODES)
-        centred = u - torch.digamma(torch.where(is_left, a + 1.0, a))
+        side = LogGammaSide(is_left, shape[0])
+        steps, integrand = side.outwards(u.exp(), NUM_NODES)
+        centred = u - torch.digamma(side.shape)
         integral = (integrand * (centred[..., None] + steps)).sum(-1)
-        return (torch.where(is_left, (centred + u.exp() * integral) / a, -integral),)
+        return (torch.where(is_left, (centred + u.exp() * integral) / shape[0], -integral),)
 
 
-def _outwards(u: Tensor, is_left: Tensor, a: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Steps from ``u`` into a tail, and the weighted density there over that at ``u``.
+class LogGammaSide:
+    """One side of the law of the logarithm of a standard Gamma variable.
 
     The left tail is that of concentration ``a + 1``, which has no exponential part of length
     ``1 / a`` that a quadrature would have to reach across: ``P(a, x) = P(a + 1, x) + x f(x) / a``.
+
+    Args:
+        is_left: Where the side is the left one.
+        concentration: Positive numbers a, in doubles.
     """
-    with torch.no_grad():  # where it is cut off does not matter
-        length = _length(u, is_left, a)
-    nodes, weights = nodes_and_weights(u, num_nodes)
-    out = torch.where(is_left, -1.0, 1.0).to(u)
-    shape = torch.where(is_left, a + 1.0, a)[..., None]
-    steps = (out * length)[..., None] * nodes
-    falling = torch.exp(shape * steps - u.exp()[..., None] * steps.expm1())
-    return steps, length[..., None] * weights * falling
 
+    def __init__(self, is_left: Tensor, concentration: Tensor) -> None:
+        self.is_left = is_left
+        self.concentration = concentration
+        self.out = torch.where(is_left, -1.0, 1.0).to(concentration)
+        self.shape = torch.where(is_left, concentration + 1.0, concentration)
+        self._log = concentration.log()
+        self._height = -log_gamma_remainder(concentration)
 
-def _length(u: Tensor, is_left: Tensor, a: Tensor) -> Tensor:
-    """Length on which a tail's log density falls by NEGLIGIBLE: a bound, and Newton's method.
+    def mode(self) -> Tensor:
+        """Where the density is highest, on the mirrored axis."""
+        return -self.out * self._log
 
-    The fall is convex, the sum of a straight line and of a curved part, and is longer for either
-    alone; from the right of its root Newton's method stays there.
-    """
-    x, out = u.exp(), torch.where(is_left, -1.0, 1.0).to(u)
-    shape = torch.where(is_left, a + 1.0, a)
-    curved = NEGLIGIBLE / x
-    root = (2.0 * curved).sqrt()
-    bound = torch.where(is_left, curved + root, torch.minimum(root, (2.0 * curved).log1p() + 1.0))
-    slope = (out * (x - shape)).clamp_min(torch.finfo(x.dtype).tiny)
-    length = torch.minimum(bound, NEGLIGIBLE / slope)
-    for _ in range(2):
-        fall = x * torch.expm1(out * length) - out * shape * length
-        length = length - (fall - NEGLIGIBLE) / (out * (x * torch.exp(out * length) - shape))
-    return length
+    def tail(self, u: Tensor, num_nodes: int) -> Tail:
+        """Mass of a tail; see :class:`~pyro_mf.families.log_concave.Side`."""
+        u, a = -self.out * u, self.concentration
+        x = u.exp()
+        integral = self.outwards(x, num_nodes)[1].sum(-1)
+        ratio = torch.where(self.is_left, (1.0 + x * integral) / a, integral)
+        distance = u - self._log
+        log_density = a * (distance - distance.expm1()) + self._height
+        return Tail(log_density + ratio.log(), ratio, self.out * (x - a))
+
+    def outwards(self, x: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+        """Steps from ``log x`` into the tail, and the weighted density there over that at x."""
+        with torch.no_grad():  # where it is cut off does not matter
+            length = self._length(x)
+        nodes, weights = nodes_and_weights(x, num_nodes)
+        steps = (self.out * length)[..., None] * nodes
+        falling = torch.exp(self.shape[..., None] * steps - x[..., None] * steps.expm1())
+        return steps, length[..., None] * weights * falling
+
+    def _length(self, x: Tensor) -> Tensor:
+        """A bound, hardly too long, on the length on which the log density falls by NEGLIGIBLE.
+
+        The fall is the sum of a straight line and of a convex part, and takes longer for either
+        alone.
+        """
+        curved = NEGLIGIBLE / x
+        root = (2.0 * curved).sqrt()
+        bound = torch.where(
+            self.is_left, curved + root, torch.minimum(root, (2.0 * curved).log1p() + 1.0)
+        )
+        slope = (self.out * (x - self.shape)).clamp_min(torch.finfo(x.dtype).tiny)
+        return torch.minimum(bound, NEGLIGIBLE / slope)

@@ -39,6 +39,18 @@ class Tail(NamedTuple):
     slope: Tensor
 
 
+class Side(Protocol):
+    """One side of the mode for every element, as if all were left sides: mirrored where not."""
+
+    def mode(self) -> Tensor:
+        """Where the density is highest, on the mirrored axis."""
+        ...
+
+    def tail(self, u: Tensor, num_nodes: int) -> Tail:
+        """The tail to the left of ``u`` on the mirrored axis, where ``u`` is left of the mode."""
+        ...
+
+
 class LogConcave(Protocol):
     """Distributions on the real line by their tails; ``shape`` are their parameters, in doubles."""
 
@@ -46,8 +58,8 @@ class LogConcave(Protocol):
         """Where the density is highest."""
         ...
 
-    def tail(self, u: Tensor, is_left: Tensor, *shape: Tensor, num_nodes: int) -> Tail:
-        """The tail to the left of ``u``, or to the right, that does not contain the mode."""
+    def side(self, is_left: Tensor, *shape: Tensor) -> Side:
+        """The left sides, and the right ones where not ``is_left``."""
         ...
 
     def sensitivities(self, u: Tensor, is_left: Tensor, *shape: Tensor) -> tuple[Tensor, ...]:
@@ -103,23 +115,20 @@ def quantile_at(law: LogConcave, p: Tensor, *shape: Tensor) -> Tensor:
 
 
 def _solve(law: LogConcave, noise: Tensor, *shape: Tensor) -> Tensor:
-    mode = law.mode(*shape)  # one for all draws
-    is_left = torch.ones_like(mode) > 0.0
-    up_to_mode = law.tail(mode, is_left, *shape, num_nodes=NUM_NODES).log_mass
+    mode = law.mode(*shape)
+    up_to_mode = law.side(torch.ones_like(mode) > 0.0, *shape).tail(mode, NUM_NODES).log_mass
     below, above = log_tails(noise)
     is_left = below <= up_to_mode
     target = torch.where(is_left, below, above)
-    outward = torch.where(is_left, -1.0, 1.0).to(noise)
-    distance = torch.zeros_like(target)  # from the mode, into the tail
+    side = law.side(is_left, *shape)
+    highest = side.mode()
+    u = highest
     for step in range(sum(_STEPS)):
-        num_nodes = _COARSE if step < _STEPS[0] else NUM_NODES
-        u = mode + outward * distance
-        log_mass, ratio, slope = law.tail(u, is_left, *shape, num_nodes=num_nodes)
+        log_mass, ratio, slope = side.tail(u, _COARSE if step < _STEPS[0] else NUM_NODES)
         excess = log_mass - target
         damping = 1.0 - 0.5 * excess * (slope * ratio - 1.0)  # Halley's
-        distance = distance + excess * ratio / damping.clamp_min(_LEAST_DAMPING)
-        distance = distance.clamp_min(0.0)
-    return mode + outward * distance
+        u = torch.minimum(u - excess * ratio / damping.clamp_min(_LEAST_DAMPING), highest)
+    return torch.where(is_left, u, -u)
 
 
 def log_tails(noise: Tensor) -> tuple[Tensor, Tensor]:
