@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 from torch.nn.functional import logsigmoid
 
 from pyro_mf.families.dirichlet_fit import fit_dirichlet, mean_log_sigmoids
 from pyro_mf.families.distribution import FamilyDistribution
 from pyro_mf.families.gamma import Gamma
-from pyro_mf.families.gamma_function import digamma_remainder, log_gamma_remainder
+from pyro_mf.families.gamma_function import POSITIVE, digamma_remainder, log_gamma_remainder
 from pyro_mf.families.log_concave import (
     NEGLIGIBLE,
     NUM_NODES,
@@ -62,8 +62,8 @@ class Beta:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Positive both."""
-        return (constraints.positive, constraints.positive)
+        """Positive both, stored as logarithms."""
+        return (POSITIVE, POSITIVE)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member of least forward divergence from a Normal law of ``logit X``."""

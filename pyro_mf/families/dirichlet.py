@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 from torch.nn.functional import logsigmoid
 
 from pyro_mf.families.beta import Beta
 from pyro_mf.families.dirichlet_fit import fit_dirichlet, mean_log_sigmoids
 from pyro_mf.families.distribution import FamilyDistribution
+from pyro_mf.families.gamma_function import POSITIVE
 from pyro_mf.families.protocol import Params
 
 _BETA = Beta()
@@ -59,8 +60,8 @@ class Dirichlet:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Positive."""
-        return (constraints.positive,)
+        """Positive, stored as a logarithm."""
+        return (POSITIVE,)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member of least forward divergence from independent Normal coordinates."""

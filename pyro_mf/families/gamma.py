@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.distribution import FamilyDistribution
 from pyro_mf.families.gamma_function import (
+    POSITIVE,
     digamma_remainder,
     inverse_trigamma,
     log_gamma_remainder,
@@ -64,8 +65,8 @@ class Gamma:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Positive both."""
-        return (constraints.positive, constraints.positive)
+        """Positive both, stored as logarithms."""
+        return (POSITIVE, POSITIVE)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member whose logarithm has mean ``loc`` and standard deviation ``scale``."""

@@ -10,6 +10,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+
+# Concentrations and rates range over powers of ten, so they are stored as logarithms: guides store
+# what is constrained to be `positive` through softplus, where Adam takes ages from 100 to 10.
+POSITIVE = constraints.greater_than(0.0)
 
 _LARGE = 16.0  # from here on the asymptotic series are exact to rounding
 _NUM_STEPS = 8

@@ -18,6 +18,7 @@ from pyro_mf.families.angles import (
     spread_of,
 )
 from pyro_mf.families.distribution import FamilyDistribution
+from pyro_mf.families.gamma_function import POSITIVE
 from pyro_mf.families.protocol import Params
 
 _LOG_2PI = math.log(2.0 * math.pi)
@@ -58,8 +59,8 @@ class VonMises:
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:
-        """Real and positive."""
-        return (constraints.real, constraints.positive)
+        """Real and positive, the latter stored as a logarithm."""
+        return (constraints.real, POSITIVE)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member of least forward divergence from a Normal wrapped around the circle."""

@@ -189,13 +189,13 @@ def test_gradients_are_those_of_finite_differences(family):
     ):
         # In logarithms of positive parameters, so that one step length suits all of them.
         stored = [
-            (p.detach().log() if c is constraints.positive else p.detach()).requires_grad_()
+            (p.detach() if c is constraints.real else p.detach().log()).requires_grad_()
             for p, c in zip(params, family.constraints, strict=True)
         ]
 
         def of_stored(*x, function=function):
             pairs = zip(x, family.constraints, strict=True)
-            return function(*(v.exp() if c is constraints.positive else v for v, c in pairs))
+            return function(*(v if c is constraints.real else v.exp() for v, c in pairs))
 
         assert torch.autograd.gradcheck(of_stored, stored, atol=1e-5, rtol=1e-5)
     assert torch.autograd.gradcheck(lambda x: family.log_prob(params_of(family), x), u, rtol=1e-4)
