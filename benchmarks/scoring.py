@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from pyro_mf.density import LogJoint
 
 Reference = Mapping[str, Mapping[str, float]]
 
+QUANTILES = ("q05", "q50", "q95")
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -105,13 +106,33 @@ def errors_of_draws(log_joint: LogJoint, z: Tensor, reference: Reference) -> Err
 
 def summaries(log_joint: LogJoint, z: Tensor) -> tuple[dict[str, float], dict[str, float]]:
     """Mean and sd of every element of every latent and deterministic, named as ``theta[3]``."""
+    found = dict(elements(log_joint, z))
+    means = {name: float(element.mean()) for name, element in found.items()}
+    return means, {name: float(element.std()) for name, element in found.items()}
+
+
+def elements(log_joint: LogJoint, z: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Draws ``(S,)`` of every element of every latent and deterministic, named as ``theta[3]``."""
     found = log_joint.evaluate(z)
-    means: dict[str, float] = {}
-    sds: dict[str, float] = {}
     for site, value in {**found.latents, **found.deterministics}.items():
         for index in itertools.product(*map(range, value.shape[1:])):
             suffix = f"[{','.join(str(i + 1) for i in index)}]" if index else ""
-            element = value[(slice(None), *index)]
-            means[site + suffix] = float(element.mean())
-            sds[site + suffix] = float(element.std())
-    return means, sds
+            yield site + suffix, value[(slice(None), *index)]
+
+
+def quantile_errors(log_joint: LogJoint, z: Tensor, reference: Reference) -> tuple[float, ...]:
+    """Errors of the 5, 50 and 95 % quantiles, in the reference's sds, averaged over its latents."""
+    latents = {site.name for site in log_joint.layout.sites}
+    known = {
+        name: row
+        for name, row in reference.items()
+        if row["sd"] > 0 and name.split("[")[0] in latents
+    }
+    at = torch.tensor([0.05, 0.5, 0.95], dtype=z.dtype)
+    off = [
+        (torch.quantile(element.to(z.dtype), at) - torch.tensor([row[q] for q in QUANTILES]))
+        / row["sd"]
+        for name, element in elements(log_joint, z)
+        if (row := known.get(name)) is not None
+    ]
+    return tuple(torch.stack(off).abs().mean(0).tolist())

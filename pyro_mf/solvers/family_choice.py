@@ -22,8 +22,11 @@ from pyro_mf.solvers.posterior_draws import PosteriorDraws
 # Simplest first; a site's own native families come between the Normal and these.
 _FLEXIBLE = ("sinh_arcsinh", "spline")
 _NATIVE = ("gamma", "inverse_gamma", "beta", "von_mises")
-# Nats per element by which a family must be better than a simpler one, and standard errors.
-_LEAST_GAIN, _Z = 0.005, 3.0
+# Nats per element by which a family must be better than a simpler one (an sd that is 3 % off costs
+# as much), and standard errors.
+_LEAST_GAIN, _Z = 0.001, 3.0
+# Nats of an element from which on its skew and tails are taken for more than noise.
+_LEAST_DIVERGENCE = 0.005
 _NODES = 400
 
 
@@ -50,14 +53,14 @@ def choose_by_optimum(layout: Layout, family: Family, params: Params) -> dict[st
         params: Its parameters at the optimum of the reverse KL.
 
     Returns:
-        A family per site: Normal where no element is further from it than a few thousandths of a
+        A family per site: Normal where no element is further from it than a few hundredths of a
         nat.
     """
     chosen = {}
     for site in layout.sites:
         own, own_params = cut(family, params, site)
         far = _divergence_from_normal(own, own_params, site)
-        chosen[site.name] = Normal() if bool((far < _LEAST_GAIN).all()) else own
+        chosen[site.name] = Normal() if bool((far < _LEAST_DIVERGENCE).all()) else own
     return chosen
 
 

@@ -26,6 +26,7 @@ _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 32, 128
 _PER_ELEMENT = 4  # draws for each element of the largest block, whose covariance they must span
 _MAX_ITERATIONS = 300
 _MAX_SHRINKS = 20
+_NATS = 0.05  # of ELBO that the fixed draws may cost
 _SURE = 1.0  # nats by which they are, whatever the standard error
 _Z = 2.0  # standard errors by which Normal factors must be better to be preferred
 _REFUSAL = "linear response is for Normal factors"
@@ -141,7 +142,7 @@ class _Run:
                 gradient_tolerance=1e-3,
                 value_tolerance=max(1e-10, 10.0 * torch.finfo(self.blocks.log_joint.dtype).eps),
             )
-            self._keep_if_better(x)
+            gained = self._keep_if_better(x)
             median, spread = self._shape(x)
             if before is not None:
                 moved = float(((median - before[0]).abs() / spread).max())
@@ -150,10 +151,15 @@ class _Run:
                     f"over {num_draws} fixed draws medians are within {moved:.2f} sds and spreads "
                     f"within {stretched:.0%} of those over half as many"
                 )
-                if max(moved, stretched) <= self.tolerance:
+                # The error of the draws is halved with every doubling, and what is left of it is
+                # about what the last one gained.
+                if max(moved, stretched) <= self.tolerance and gained <= _NATS:
                     return "converged", f"the optimum of {self.guide.family.name} factors: {ending}"
                 if num_draws >= _MAX_DRAWS:
-                    return "budget", f"{ending}, more than the tolerance of {self.tolerance:g}"
+                    return "budget", (
+                        f"{ending} (tolerance {self.tolerance:g}), and the last doubling gained "
+                        f"{gained:.2f} nats (tolerance {_NATS:g})"
+                    )
             before = median, spread
             num_draws *= 2
 
@@ -195,10 +201,12 @@ class _Run:
         self.elbo, self.elbo_se = estimate_from(self.fresh.pair_elbos(x))
         self.meter.elbo_se = self.elbo_se
 
-    def _keep_if_better(self, x: Tensor) -> None:
-        elbo, se = estimate_from(self.fresh.pair_elbos(x))
-        if not elbo < self.elbo - max(_Z * se, 1e-6 * abs(elbo)):
+    def _keep_if_better(self, x: Tensor) -> float:
+        """Keep a point unless the one before has the higher ELBO; returns the gain, surely."""
+        gain = estimate_from(self.fresh.pair_elbos(x) - self.fresh.pair_elbos(self.x))
+        if not gain.elbo < -_Z * gain.se:
             self._keep(x)
+        return gain.elbo - _Z * gain.se
 
     def _compare(self, first: Tensor) -> None:
         """Say by how much the ELBO is above that of the start, and go back there if it is below."""
