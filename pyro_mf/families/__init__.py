@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 
 from pyro_mf.families.beta import Beta
+from pyro_mf.families.dirichlet import Dirichlet
 from pyro_mf.families.full_rank import FullRank
 from pyro_mf.families.gamma import Gamma
 from pyro_mf.families.histogram import Histogram
+from pyro_mf.families.inverse_gamma import InverseGamma
 from pyro_mf.families.laplace import Laplace
 from pyro_mf.families.log_normal import LogNormal
 from pyro_mf.families.logistic import Logistic
@@ -22,6 +24,7 @@ from pyro_mf.families.protocol import Family, Params
 from pyro_mf.families.sinh_arcsinh import SinhArcsinh
 from pyro_mf.families.spline import Spline
 from pyro_mf.families.student_t import StudentT
+from pyro_mf.families.von_mises import VonMises
 
 FAMILIES: dict[str, type[Family]] = {
     "normal": Normal,
@@ -34,7 +37,10 @@ FAMILIES: dict[str, type[Family]] = {
     "histogram": Histogram,
     "log_normal": LogNormal,
     "gamma": Gamma,
+    "inverse_gamma": InverseGamma,
     "beta": Beta,
+    "dirichlet": Dirichlet,
+    "von_mises": VonMises,
     "full_rank": FullRank,
     "low_rank": LowRank,
 }
@@ -73,10 +79,12 @@ def get_family(family: str | Family) -> Family:
 __all__ = [
     "FAMILIES",
     "Beta",
+    "Dirichlet",
     "Family",
     "FullRank",
     "Gamma",
     "Histogram",
+    "InverseGamma",
     "Laplace",
     "LogNormal",
     "Logistic",
@@ -87,5 +95,6 @@ __all__ = [
     "SinhArcsinh",
     "Spline",
     "StudentT",
+    "VonMises",
     "get_family",
 ]

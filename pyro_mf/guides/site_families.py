@@ -209,7 +209,14 @@ def _steps(transform: transforms.Transform) -> list[transforms.Transform]:
         return _steps(transform.base_transform)
     if isinstance(transform, transforms.ComposeTransform):
         return [step for part in transform.parts for step in _steps(part)]
-    return [transform]
+    return [] if _is_identity(transform) else [transform]
+
+
+def _is_identity(transform: transforms.Transform) -> bool:
+    """Whether a transform is the shift by nothing that torch has in bijections to (0, inf)."""
+    if not isinstance(transform, transforms.AffineTransform):
+        return False
+    return bool(torch.as_tensor((transform.loc == 0) & (transform.scale == 1)).all())
 
 
 def _find(name: str) -> Family:
