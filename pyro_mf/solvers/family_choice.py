@@ -60,7 +60,8 @@ def choose_by_optimum(layout: Layout, family: Family, params: Params) -> dict[st
     for site in layout.sites:
         own, own_params = cut(family, params, site)
         far = _divergence_from_normal(own, own_params, site)
-        chosen[site.name] = Normal() if bool((far < _LEAST_DIVERGENCE).all()) else own
+        is_normal = not site.is_circular and bool((far < _LEAST_DIVERGENCE).all())
+        chosen[site.name] = Normal() if is_normal else own
     return chosen
 
 
