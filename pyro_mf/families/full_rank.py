@@ -28,8 +28,8 @@ class FullRank:
     elements before it.
 
     Args:
-        over: What one vector holds: ``"slice"``, the event of a site, so that elements of plates
-            stay independent, or ``"site"``, all elements of a site.
+        over: What one vector holds: ``"site"``, all elements of a site, or ``"slice"``, the event
+            of a site, so that elements of plates stay independent.
 
     Raises:
         ValueError: If ``over`` is neither.
@@ -44,7 +44,7 @@ class FullRank:
         tensor([-0.9189, -1.6121])
     """
 
-    over: Literal["slice", "site"] = "slice"
+    over: Literal["slice", "site"] = "site"
 
     def __post_init__(self) -> None:
         check_over(self.over)

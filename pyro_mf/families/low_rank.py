@@ -36,8 +36,8 @@ class LowRank:
 
     Args:
         rank: Number of factors, at most k in vectors of k elements.
-        over: What one vector holds: ``"slice"``, the event of a site, so that elements of plates
-            stay independent, or ``"site"``, all elements of a site.
+        over: What one vector holds: ``"site"``, all elements of a site, or ``"slice"``, the event
+            of a site, so that elements of plates stay independent.
 
     Raises:
         ValueError: If ``rank`` is not positive or ``over`` is neither.
@@ -52,7 +52,7 @@ class LowRank:
     """
 
     rank: int = 4
-    over: Literal["slice", "site"] = "slice"
+    over: Literal["slice", "site"] = "site"
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
