@@ -45,11 +45,11 @@ class AutoMeanFieldMixture(AutoMeanField):
         model: A Pyro model.
         num_components: Number of components K, at least 1. More than the posterior has modes do no
             harm: they follow shape and correlation of the modes, or end with no weight.
-        init_loc_fn: Per-site initial value of the first component in the model's space; zero on
+        init_loc_fn: Per-site value in the model's space around which the components start; zero on
             the unconstrained axis by default.
         init_scale: Initial scale of all components on the unconstrained axis, positive.
-        init_spread: Half the side of the box around the first component in which the others start,
-            on the unconstrained axis; the same at every setup.
+        init_spread: Half the side of the box around it in which they start, in pairs opposite to
+            each other, on the unconstrained axis; the same at every setup.
         create_plates: As in :class:`~pyro.infer.autoguide.AutoGuide`.
 
     Raises:
@@ -124,13 +124,17 @@ class AutoMeanFieldMixture(AutoMeanField):
             self._disperse()
 
     def _disperse(self) -> None:
-        """Move all components but the first to where they start."""
+        """Move the components to where they start: in pairs, opposite to each other."""
         loc, scale, logits = (p.detach().clone() for p in self.flat_params())
+        pairs = self.num_components // 2
+        if not pairs or not self.init_spread:
+            return
         generator = torch.Generator().manual_seed(0)
-        uniform = torch.rand(loc.shape, generator=generator, dtype=torch.float64)
-        moved = loc[:, :1] + self.init_spread * (2.0 * uniform[:, 1:] - 1.0).to(loc)
-        if self.init_spread > 0.0:
-            loc[:, 1:] = moved
+        uniform = torch.rand(len(loc), pairs, generator=generator, dtype=torch.float64)
+        moved = self.init_spread * (2.0 * uniform - 1.0).to(loc)
+        loc = loc[:, :1].repeat(1, self.num_components)
+        loc[:, :pairs] += moved
+        loc[:, -pairs:] -= moved
         self.set_flat_params((loc, scale, logits))
 
     def _check_whole(self) -> None:

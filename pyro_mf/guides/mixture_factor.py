@@ -41,6 +41,7 @@ class MixtureFactor(TorchDistribution):
         component: int | None = None,
     ) -> None:
         self.loc, self.scale, self.component = loc, scale, component
+        self.has_rsample = component is not None  # whether draws carry all gradients
         self._own = loc.shape[:-1]
         batch_dim = len(self._own) - event_dim
         lead = tuple(log_weights.shape[: max(0, log_weights.dim() - 1 - batch_dim)])
@@ -51,11 +52,6 @@ class MixtureFactor(TorchDistribution):
         shape = torch.Size((*lead, *self._own))
         split = len(shape) - event_dim
         super().__init__(shape[:split], shape[split:], validate_args=False)
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether draws carry all gradients: those of one component do."""
-        return self.component is not None
 
     @property
     def support(self) -> constraints.Constraint:

@@ -53,8 +53,8 @@ def solve_mixture(
 
     Args:
         log_joint: The density, of the full data.
-        guide: A mixture guide for the same latents, set up; it gets the optimum. Its first
-            component is where the way to the first fit starts.
+        guide: A mixture guide for the same latents, set up; it gets the optimum. The middle of its
+            components is where the way to the first fit starts.
         seed: Seed of all draws; the same seed gives the same bits.
         tolerance: By how much means, in sds, and sds, relative, may move when the draws are
             doubled.
@@ -76,7 +76,7 @@ def solve_mixture(
     began, num = time.perf_counter(), guide.num_components
     normal: Any = AutoMeanField(log_joint.model)
     normal.setup(*log_joint.model_args, **log_joint.model_kwargs)
-    origin = guide.flat_params()[0][:, 0].detach()
+    origin = guide.flat_params()[0].detach().mean(1)
     normal.set_flat_params((origin, torch.full_like(origin, _INIT_SCALE)))
     one = solve_deterministic(
         log_joint,

@@ -20,10 +20,10 @@ from pyro_mf.solvers.linear_response import linear_response
 from pyro_mf.solvers.meter import Meter, MeteredELBO
 from pyro_mf.solvers.minimise import MAX_DENSE, descend
 from pyro_mf.solvers.mixture_elbo import Components
-from pyro_mf.solvers.scouts import send_scouts
+from pyro_mf.solvers.scouts import climb_from_afar
 
 _NUM_SCOUTS, _SCOUTS_EACH = 32, 8  # sent, and for each component besides
-_CANDIDATES_EACH = 2  # Normals fitted for each component
+_LEAST_CANDIDATES, _CANDIDATES_EACH = 6, 2  # Normals fitted, and for each component
 _DRAWS, _CURVATURE_DRAWS = 32, 16
 _NARROW = 0.3  # of the first fit's sds: a wide start leaves a narrow mode
 _SAME = 1.0  # nats of divergence between two fits up to which they are of one mode
@@ -59,8 +59,8 @@ class Modes:
 
     Args:
         fits: Normals at different local optima of their ELBO, the highest first.
-        scouts: Where the scouts ended: about draws of the posterior near where they arrived, but
-            not in its proportions, shape ``(N, D)``.
+        scouts: Where the scouts arrived: about where the posterior is, but not in its proportions,
+            shape ``(N, D)``.
         no_prior: Why none of them started at draws of the prior, else empty.
     """
 
@@ -96,12 +96,20 @@ def find_modes(
     prior, why = _prior(blocks)
     scale = first.log_scale.exp()
     num = _NUM_SCOUTS + _SCOUTS_EACH * num_components
-    scouts = send_scouts(
+    climbed = climb_from_afar(
         density, first.loc, Metric(scale), num=num, generator=generator, prior=prior
     )
+    arrived = climbed.values >= climbed.lowest
+    scouts = climbed.z[arrived]
     elbo = MeteredELBO(blocks, fixed_draws(_DRAWS, blocks.size, seed=seed), meter)
     found = [Mode(first.loc, first.log_scale, elbo.estimate(first.x).elbo)]
-    for start in _far_apart(scouts, first.loc, scale, _CANDIDATES_EACH * num_components):
+    # Those that have not arrived are on their way, perhaps along a narrow ridge.
+    others = climbed.z[torch.isfinite(climbed.values) & ~arrived]
+    most = max(_LEAST_CANDIDATES, _CANDIDATES_EACH * num_components)
+    starts = _far_apart(scouts, first.loc[None], scale, most)
+    known = torch.stack([first.loc, *starts])
+    starts += _far_apart(others, known, scale, most - len(starts))
+    for start in starts:
         x = torch.cat([start, first.log_scale + math.log(_NARROW)])
         if not math.isfinite(elbo.value_and_gradient(x)[0]):
             continue
@@ -117,7 +125,7 @@ def find_modes(
 def place_components(
     blocks: Blocks, modes: Modes, num_components: int, *, seed: int
 ) -> Iterator[Components]:
-    """Places for the components: at every mode, the more the more of the posterior it holds.
+    """Places for the components: at every mode, most where they can gain most.
 
     Several, where a mode gets more than one: along the directions in which it is widest relative
     to its fit, and where the scouts are.
@@ -132,12 +140,19 @@ def place_components(
     elbos = torch.tensor([m.elbo for m in fits], dtype=torch.float64)
     shares = torch.softmax(elbos, 0).clamp_min(_LEAST_SHARE)
     counts = torch.ones(len(fits), dtype=torch.int64)
-    for _ in range(num_components - len(fits)):
-        counts[(shares / counts).argmax()] += 1
-    stretches = [
-        _stretches(blocks, mode, seed) if count > 1 else mode.loc.new_zeros(1, blocks.size)
-        for mode, count in zip(fits, counts.tolist(), strict=True)
-    ]
+    stretches = [fit.loc.new_zeros(1, blocks.size) for fit in fits]
+    if num_components > len(fits):
+        stretches = [_stretches(blocks, fit, seed) for fit in fits]
+        # What a mode can gain: its share, and the nats by which it is wider than its fit.
+        widths = torch.stack(
+            [
+                (s[0] / f.log_scale.exp()).square().sum()
+                for s, f in zip(stretches, fits, strict=True)
+            ]
+        )
+        gains = shares * (0.5 * torch.log1p(widths))
+        for _ in range(num_components - len(fits)):
+            counts[(gains / counts).argmax()] += 1
     for k in range(max(map(len, stretches))):
         locs, log_scales, logits = [], [], []
         for i, mode in enumerate(fits):
@@ -164,13 +179,14 @@ def _prior(blocks: Blocks) -> tuple[Prior | None, str]:
     return prior, ""
 
 
-def _far_apart(points: Tensor, origin: Tensor, scale: Tensor, num: int) -> list[Tensor]:
-    """Points that are far from the origin and from each other, the farthest first."""
+def _far_apart(points: Tensor, known: Tensor, scale: Tensor, num: int) -> list[Tensor]:
+    """Points that are far from known ones and from each other, the farthest first."""
     chosen: list[Tensor] = []
-    distance = ((points - origin) / scale).square().sum(1)
+    distance = torch.cdist(points / scale, known / scale).amin(1)
     for _ in range(min(num, len(points))):
         chosen.append(points[int(distance.argmax())])
-        distance = torch.minimum(distance, ((points - chosen[-1]) / scale).square().sum(1))
+        to_last = ((points - chosen[-1]) / scale).square().sum(1).sqrt()
+        distance = torch.minimum(distance, to_last)
     return chosen
 
 

@@ -8,6 +8,7 @@ where they end, draws have to be, too.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,20 @@ _LOWER, _LOWER_EACH = 10.0, 1.0
 _SETTLING = 40  # transitions
 _NUM_NEAR, _NUM_HELD_OUT = 1000, 200  # draws among which a neighbour is looked for, and by which
 _FARTHER = 1.0  # sds that a scout may be farther from all draws than any of these is
+
+
+class Climbed(NamedTuple):
+    """Where climbs from dispersed starts ended.
+
+    Args:
+        z: Shape ``(N, D)``.
+        values: Log densities there, minus infinity where a start had none, shape ``(N,)``.
+        lowest: Log density from which on a point may be in a mode.
+    """
+
+    z: Tensor
+    values: Tensor
+    lowest: float
 
 
 def send_scouts(
@@ -51,6 +66,40 @@ def send_scouts(
     Returns:
         Where those are that arrived, shape ``(K, D)`` with K from 0 to ``num``.
     """
+    climbed = climb_from_afar(density, loc, metric, num=num, generator=generator, prior=prior)
+    z = climbed.z[climbed.values >= climbed.lowest]
+    if len(z) < 2:
+        return z
+    try:
+        chains = ParallelHMC(density, z, metric, generator=generator)
+    except NonFiniteError:  # the density is there, and its gradient is not
+        return z
+    chains.warm_up(_SETTLING)
+    return chains.state.z[chains.state.log_density >= climbed.lowest]
+
+
+def climb_from_afar(
+    density: Evaluate,
+    loc: Tensor,
+    metric: Metric,
+    *,
+    num: int,
+    generator: torch.Generator,
+    prior: Prior | None = None,
+) -> Climbed:
+    """Climb the log density from dispersed starts, with or without arriving anywhere.
+
+    Args:
+        density: The log density.
+        loc: Where the optimum is, shape ``(D,)``.
+        metric: Covariance there, in whose unit the climb is.
+        num: Number of starts.
+        generator: Source of randomness.
+        prior: Where a quarter of them are, if it can be drawn from.
+
+    Returns:
+        All ends; none where the density is not finite around the optimum.
+    """
 
     def noise(count: int) -> Tensor:
         return torch.randn(count, len(loc), generator=generator, dtype=loc.dtype)
@@ -58,7 +107,7 @@ def send_scouts(
     typical, _ = density(loc + metric.unwhiten(noise(num)))
     typical = typical[torch.isfinite(typical)]
     if len(typical) < 2:
-        return loc.new_zeros(0, len(loc))
+        return Climbed(loc.new_zeros(0, len(loc)), loc.new_zeros(0), math.inf)
     level = float(typical.mean() - _TYPICAL_SDS * typical.std())
     uniform = torch.rand(num // 2, len(loc), generator=generator, dtype=loc.dtype)
     starts = _BOX * (2.0 * uniform - 1.0)
@@ -67,16 +116,7 @@ def send_scouts(
     spread = loc.new_tensor(_SPREADS).repeat(num)[: num // 2, None]
     starts = torch.cat([starts, loc + spread * metric.unwhiten(noise(num // 2))])
     z, values = _climb(density, starts, metric, level)
-    lowest = level - _LOWER - _LOWER_EACH * len(loc)
-    z = z[values >= lowest]
-    if len(z) < 2:
-        return z
-    try:
-        chains = ParallelHMC(density, z, metric, generator=generator)
-    except NonFiniteError:  # the density is there, and its gradient is not
-        return z
-    chains.warm_up(_SETTLING)
-    return chains.state.z[chains.state.log_density >= lowest]
+    return Climbed(z, values, level - _LOWER - _LOWER_EACH * len(loc))
 
 
 def count_astray(scouts: Tensor, draws: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pyro
@@ -324,14 +325,38 @@ def test_site_views_read_and_write_the_components():
         guide.site_params("logits").theta = 0.0
 
 
-def test_starts_are_apart_and_the_first_is_the_users():
-    guide = AutoMeanFieldMixture(two_signs, 4, init_spread=1.5).setup(squares())
-    loc = guide.loc.detach()
-    torch.testing.assert_close(loc[:, 0], torch.zeros(2))
-    assert (loc.abs() <= 1.5).all()
-    assert (torch.pdist(loc.T) > 0.1).all()
-    again = AutoMeanFieldMixture(two_signs, 4, init_spread=1.5).setup(squares())
-    torch.testing.assert_close(loc, again.loc, rtol=0, atol=0)
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_starts_are_pairs_around_the_users_start(num):
+    def start(site):
+        return torch.tensor(2.0)
+
+    make = {"num_components": num, "init_spread": 1.5, "init_loc_fn": start}
+    loc = AutoMeanFieldMixture(two_signs, **make).setup(squares()).loc.detach()
+    middle = torch.tensor([2.0, math.log(2.0)])
+    torch.testing.assert_close(loc.mean(1), middle)
+    assert ((loc - middle[:, None]).abs() <= 1.5).all()
+    assert num == 1 or (torch.pdist(loc.T) > 0.1).all()
+    again = AutoMeanFieldMixture(two_signs, **make).setup(squares())
+    torch.testing.assert_close(loc, again.loc.detach(), rtol=0, atol=0)
+
+
+def test_restarts_that_agree_are_not_called_different():
+    """Medians of a mixture may lie in either mode."""
+    guide = AutoMeanFieldMixture(two_signs, 2)
+    result = mf.fit(two_signs, (squares(),), guide=guide, num_restarts=2, progress=False)
+    assert result.restarts[0].elbo == pytest.approx(result.restarts[1].elbo, abs=0.01)
+    assert "elsewhere" not in str(result)
+
+
+def test_models_without_a_gradient_are_fitted_by_scores():
+    def jumps(y):
+        theta = pyro.sample("theta", dist.Normal(0.0, 3.0))
+        pyro.sample("y", dist.Normal(theta.round().abs(), 1.0), obs=y)
+
+    guide = AutoMeanFieldMixture(jumps, 2)
+    with pytest.warns(mf.ConvergenceWarning, match="max_steps=20"):
+        result = mf.fit(jumps, (torch.tensor(3.0),), guide=guide, max_gradients=20, progress=False)
+    assert "score gradients" in result.reason
 
 
 def test_states_copies_and_pickles_hold_the_mixture(fitted):
