@@ -147,6 +147,8 @@ def _outside_model(problem: Problem) -> str | None:
         return f"the guide ({name}) is not an AutoMeanField"
     if guide.create_plates is not None:
         return "the guide subsamples plates of its own (create_plates)"
+    if getattr(guide, "has_discrete_factors", False):
+        return "discrete sites have factors of their own, which the full data's density sums out"
     return None
 
 
