@@ -127,7 +127,7 @@ class _Run:
     ) -> None:
         self.blocks, self.num, self.meter = blocks, num_components, meter
         self.seed, self.tolerance = seed, tolerance
-        self.x = torch.empty(0)
+        self.x, self.pairs = torch.empty(0), torch.empty(0)
         self.elbo, self.elbo_se = math.nan, math.nan
         self.notes: list[str] = []
         total = _FRESH_COSTLY_DRAWS if blocks.is_costly else _FRESH_DRAWS
@@ -137,7 +137,8 @@ class _Run:
 
     def solve(self, first: Mode) -> tuple[StopReason, str]:
         single = self.elbo_over_fresh.flatten(_copies(first, self.num))
-        self._keep(single)
+        single_pairs = self.elbo_over_fresh.pair_elbos(single)
+        self._keep(single, single_pairs)
         try:
             modes = find_modes(self.blocks, first, self.num, seed=self.seed, meter=self.meter)
             self._note_modes(modes)
@@ -150,7 +151,7 @@ class _Run:
         best = self.meter.best
         if reason in ("budget", "interrupted") and best and best[1].shape == single.shape:
             self._keep_if_better(best[1])
-        self._note_gain(single)
+        self._note_gain(single_pairs)
         return reason, message
 
     def _optimise(self, modes: Modes) -> tuple[StopReason, str]:
@@ -203,16 +204,16 @@ class _Run:
     def _elbo(self, num_draws: int, seed: int) -> MixtureELBO:
         return MixtureELBO(self.blocks, self.num, num_draws, seed=seed, meter=self.meter)
 
-    def _keep(self, x: Tensor) -> None:
-        self.x = x
-        self.elbo, self.elbo_se = estimate_from(self.elbo_over_fresh.pair_elbos(x))
+    def _keep(self, x: Tensor, pairs: Tensor) -> None:
+        self.x, self.pairs = x, pairs
+        self.elbo, self.elbo_se = estimate_from(pairs)
         self.meter.elbo_se = self.elbo_se
 
     def _keep_if_better(self, x: Tensor) -> Tensor:
         """The ELBO over each pair of fresh draws; the point is kept if that is higher."""
         pairs = self.elbo_over_fresh.pair_elbos(x)
         if float(pairs.mean()) >= self.elbo:
-            self._keep(x)
+            self._keep(x, pairs)
         return pairs
 
     def _note_modes(self, modes: Modes) -> None:
@@ -230,12 +231,11 @@ class _Run:
             self.notes.append(modes.no_prior)
 
     def _note_gain(self, single: Tensor) -> None:
-        fresh = self.elbo_over_fresh
-        gain = estimate_from(fresh.pair_elbos(self.x) - fresh.pair_elbos(single))
+        gain = estimate_from(self.pairs - single)
         self.notes.append(
             f"the ELBO is {gain.elbo:.3f} +- {gain.se:.3f} nats above that of one mean field"
         )
-        weights = fresh.split(self.x).weights
+        weights = self.elbo_over_fresh.split(self.x).weights
         idle = int((weights < _NO_WEIGHT).sum())
         if idle:
             self.notes.append(
