@@ -306,3 +306,26 @@ def test_a_spent_budget_is_said_and_keeps_the_best():
         result = fit(target(2, two_modes), 4, max_gradients=60)
     assert result.stop_reason == "budget"
     assert result.elbo > -1.6  # one mean field has -1.39
+
+
+@pytest.mark.slow
+def test_six_ways_to_label_three_clusters():
+    """Each mode is worth a sixth of the evidence: log 6 nats above one mean field."""
+    y = torch.cat([0.5 * torch.randn(40) + loc for loc in (-3.0, 0.0, 3.0)])
+
+    def clusters(y):
+        share = pyro.sample("share", dist.Dirichlet(torch.full((3,), 3.0)))
+        with pyro.plate("cluster", 3):
+            loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("data", len(y)):
+            law = dist.MixtureSameFamily(dist.Categorical(share), dist.Normal(loc, scale))
+            pyro.sample("y", law, obs=y)
+
+    guide = AutoMeanFieldMixture(clusters, 6)
+    result = mf.fit(clusters, (y,), guide=guide, progress=False)
+    orders = {tuple(order) for order in guide.locs.loc.argsort(0).T.tolist()}
+    assert len(orders) == 6
+    torch.testing.assert_close(guide.weights, torch.full((6,), 1 / 6), atol=0.02, rtol=0.0)
+    [gain] = [note for note in result.notes if "above that of one mean field" in note]
+    assert float(gain.split()[3]) == pytest.approx(math.log(6.0), abs=0.05)
