@@ -9,9 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from benchmarks.forward_problems import eight_schools
 from pyro_mf import AutoMeanField
 from pyro_mf.density import LogJoint
-from pyro_mf.solvers import posterior_sampler
+from pyro_mf.solvers import chains, posterior_sampler
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 
 CORRELATION = torch.tensor([[1.0, 0.9, 0.3], [0.9, 1.0, 0.2], [0.3, 0.2, 1.0]], dtype=torch.float64)
@@ -217,3 +218,24 @@ class TestGivenDraws:
         z = torch.cat([self.given(), torch.randn(4, 500, 1, dtype=torch.float64)], -1)
         outcome = fit_given(LogJoint(half), guide, z)
         assert "no finite density at" in outcome.message
+
+
+def test_chains_that_have_run_long_must_agree_more_closely():
+    offsets = 0.25 * torch.randn(64, 1, dtype=torch.float64)  # R-hat of about 1.03
+    z = offsets + torch.randn(1000, 64, 1, dtype=torch.float64)
+    draws = chains.ChainDraws(z, z[..., 0])
+    assert 1.02 < draws.mixing.worst_rhat < 1.05
+    assert not draws.problems(["x"])
+    assert "above 1.02" in draws.problems(["x"], chains._MAX_LATE_RHAT)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_chains_of_centred_eight_schools_do_not_converge_by_chance(seed):
+    target = eight_schools(centered=True)
+    outcome, loc, scale = solve(target.model, *target.args, method="hmc", seed=seed)
+    names = LogJoint(target.model, target.args).layout.element_names()
+    mean, sd = target.truth["tau"]
+    tau = names.index("tau")
+    ratio = float((scale[tau] / sd).log())
+    assert not outcome.converged or abs(ratio) < 0.1, (ratio, float((loc[tau] - mean) / sd))
