@@ -1,7 +1,8 @@
 """Reverse KL, its linear response, forward KL and NUTS on one model, at what they cost.
 
 Cost is counted in rows: one gradient of the log joint at one point, by whoever asks for it; and in
-seconds of CPU, on which other work on the machine has little influence.
+seconds of CPU, on which other work on the machine has little influence. Rows that only fill up a
+block are counted, as they are computed.
 """
 
 from __future__ import annotations
