@@ -25,7 +25,7 @@ from statsmodels.datasets import macrodata
 from torch import Tensor
 
 import pyro_mf as mf
-from pyro_mf.guides import AutoMeanFieldMixture, log_importance_weights
+from pyro_mf.guides import log_importance_weights
 from pyro_mf.weights import psis
 
 NUM_DRAWS = 4000
@@ -69,7 +69,7 @@ def fit(growth: Tensor, num_components: int) -> Row:
     guide = mf.AutoMeanField(regimes)
     name = "one mean field"
     if num_components > 1:
-        guide = AutoMeanFieldMixture(regimes, num_components)
+        guide = mf.AutoMeanFieldMixture(regimes, num_components)
         name = f"mixture of {num_components}"
     result = mf.fit(regimes, (growth,), guide=guide)
     print(f"\n{result}")

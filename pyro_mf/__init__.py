@@ -1,7 +1,8 @@
 """Mean-field variational inference for Pyro.
 
-One call that fits (:func:`fit`) and its parts: a guide (:class:`AutoMeanField`), objectives for
-stock ``SVI`` (:class:`ReverseKL`, :class:`ForwardKL`), the model as a captured density
+One call that fits (:func:`fit`) and its parts: guides (:class:`AutoMeanField`,
+:class:`AutoMeanFieldMixture`) with factors of many families (:mod:`pyro_mf.families`), objectives
+for stock ``SVI`` (:class:`ReverseKL`, :class:`ForwardKL`), the model as a captured density
 (:class:`LogJoint`), NUTS on it (:func:`run_nuts`), ArviZ results (:func:`from_pyro`,
 :func:`from_pyro_svi`), and the comparison of the two (:func:`compare_posteriors`,
 :func:`plot_comparison`).
@@ -19,6 +20,7 @@ from pyro_mf._errors import (
     ConversionWarning,
     DifferentDataWarning,
     EstimatorWarning,
+    FamilyError,
     GuideMismatchError,
     GuideNotSetUpError,
     ImproperWarning,
@@ -28,11 +30,12 @@ from pyro_mf._errors import (
     ModelError,
     ModesWarning,
     NonFiniteError,
+    ScoreGradientWarning,
 )
 from pyro_mf.baselines import NUTSResult, run_nuts
 from pyro_mf.density import LogJoint
 from pyro_mf.fitting import FitResult, fit
-from pyro_mf.guides import AutoMeanField
+from pyro_mf.guides import AutoMeanField, AutoMeanFieldMixture
 from pyro_mf.objectives import ForwardKL, ReverseKL
 
 if TYPE_CHECKING:
@@ -44,12 +47,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoMeanField",
+    "AutoMeanFieldMixture",
     "CaptureWarning",
     "CheckpointError",
     "ConvergenceWarning",
     "ConversionWarning",
     "DifferentDataWarning",
     "EstimatorWarning",
+    "FamilyError",
     "FitResult",
     "ForwardKL",
     "GuideMismatchError",
@@ -65,6 +70,7 @@ __all__ = [
     "NonFiniteError",
     "PosteriorComparison",
     "ReverseKL",
+    "ScoreGradientWarning",
     "compare_posteriors",
     "fit",
     "from_pyro",

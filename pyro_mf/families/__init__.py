@@ -1,7 +1,8 @@
-"""One-dimensional factors of a mean-field approximation, by name.
+"""Factors of a mean-field approximation, by name.
 
 A family is added by one file that holds a class with the methods of :class:`Family` and one line
-in the registry below.
+in the registry below. Factors of discrete sites, :class:`Bernoulli` and :class:`Categorical`, are
+no densities of a flat vector and have a registry of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 
 from pyro_mf.families.beta import Beta
 from pyro_mf.families.dirichlet import Dirichlet
+from pyro_mf.families.discrete import Bernoulli, Categorical
 from pyro_mf.families.full_rank import FullRank
 from pyro_mf.families.gamma import Gamma
 from pyro_mf.families.histogram import Histogram
@@ -78,7 +80,9 @@ def get_family(family: str | Family) -> Family:
 
 __all__ = [
     "FAMILIES",
+    "Bernoulli",
     "Beta",
+    "Categorical",
     "Dirichlet",
     "Family",
     "FullRank",

@@ -25,7 +25,7 @@ from pyro_mf.solvers.draws import stratified_draws
 from pyro_mf.solvers.meter import Meter
 from pyro_mf.solvers.units import score_information
 
-_WEIGHT = 2.0  # of the Normal's shape, in draws
+_WEIGHT = 8.0  # of the shape of a Normal, in draws
 _LEAST_INFORMATION = 1e-2  # so that no unit is longer than ten
 
 
@@ -33,8 +33,8 @@ class FamilyELBO:
     """Negative ELBO over fixed noise, as a function of the stored parameters, one vector ``(P,)``.
 
     Few draws know little of a factor's tails, and a flexible one would follow their noise. Shape
-    parameters are therefore held to those of the member nearest to a Normal, with the weight of a
-    couple of draws, which vanishes as the draws are doubled.
+    parameters are therefore held to those of the member nearest to a Normal, with the weight of
+    several draws, which vanishes as the draws are doubled.
 
     Args:
         blocks: The log joint.
@@ -80,8 +80,12 @@ class FamilyELBO:
         with torch.enable_grad():
             stored = tuple(s.detach().requires_grad_() for s in self._stored(x))
             params = self._constrain(stored)
-            z = self._family.transform(params, self._noise)
-            entropy = self._entropy(params, z).mean()
+            try:
+                z = self._family.transform(params, self._noise)
+                entropy = self._entropy(params, z).mean()
+            except torch.linalg.LinAlgError:  # parameters too far out for their covariance
+                self._meter.count(self.num_draws, x, math.inf)
+                return math.inf, torch.zeros_like(x)
             values, gradients = self.blocks.value_and_grad(z.detach())
             bend = self._is_shape * (torch.cat([s.reshape(-1) for s in stored]) - self._held_to)
             penalty = 0.5 * _WEIGHT / self.num_draws * bend.square().sum()

@@ -8,6 +8,7 @@ import pyro_mf as mf
 
 CALLABLE = {
     "AutoMeanField",
+    "AutoMeanFieldMixture",
     "ForwardKL",
     "LogJoint",
     "ReverseKL",
@@ -21,6 +22,7 @@ CALLABLE = {
 RETURNED = {"FitResult", "NUTSResult", "PosteriorComparison"}
 RAISED = {
     "CheckpointError",
+    "FamilyError",
     "GuideMismatchError",
     "GuideNotSetUpError",
     "LinearResponseError",
@@ -37,6 +39,7 @@ WARNED = {
     "KhatWarning",
     "MinibatchWarning",
     "ModesWarning",
+    "ScoreGradientWarning",
 }
 
 

@@ -177,9 +177,7 @@ def test_dtype_is_kept(family, dtype):
 def test_extremes_are_finite(family, dtype):
     loc = torch.tensor([-30.0, 0.0, 30.0], dtype=dtype)
     for scale in (1e-3, 1.0, 30.0):
-        params = tuple(
-            p.requires_grad_() for p in family.init(loc, torch.full_like(loc, scale))
-        )
+        params = tuple(p.requires_grad_() for p in family.init(loc, torch.full_like(loc, scale)))
         noise = family.noise((4, 3), dtype=dtype)
         noise[0], noise[1] = 5.0, -5.0
         u = family.transform(params, noise)

@@ -183,7 +183,8 @@ def test_minibatches_use_the_parameters_of_their_elements():
     x = torch.arange(6.0)
     for loss in (mf.ReverseKL(num_particles=4), Trace_ELBO()):
         pyro.clear_param_store()
-        guide = mf.AutoMeanField(model, family={"z": "spline", "w": FullRank(over="slice")}).setup(x)
+        families = {"z": "spline", "w": FullRank(over="slice")}
+        guide = mf.AutoMeanField(model, family=families).setup(x)
         svi = SVI(model, guide, Adam({"lr": 0.01}), loss=loss)
         before = [p.detach().clone() for p in guide.flat_params()]
         svi.step(x)
