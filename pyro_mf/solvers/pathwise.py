@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
-from pyro_mf.density.blocks import Blocks
+from pyro_mf.density.blocks import Blocks, Evaluate
 from pyro_mf.families.protocol import Params
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.family_elbo import FamilyELBO
@@ -25,6 +26,7 @@ _FIRST_DRAWS, _MAX_DRAWS, _FRESH_DRAWS = 128, 2048, 1024
 _FIRST_COSTLY_DRAWS, _FRESH_COSTLY_DRAWS = 32, 128
 _PER_ELEMENT = 4  # draws for each element of the largest block, whose covariance they must span
 _MAX_ITERATIONS = 300
+_VALUE = 1e-7  # relative gain of an iteration below which there is nothing left to gain
 _MAX_SHRINKS = 20
 _NATS = 0.05  # of ELBO that the fixed draws may cost
 _Z = 2.0  # standard errors
@@ -40,6 +42,8 @@ def solve_pathwise(
     max_gradients: int = 5000,
     disperse: bool = False,
     start: NormalStart | None = None,
+    evaluate: Evaluate | None = None,
+    make_elbo: Callable[..., FamilyELBO] = FamilyELBO,
     report: Report = silent,
 ) -> Outcome:
     """Fit factors of any family by minimising the negative ELBO over fixed noise.
@@ -57,6 +61,8 @@ def solve_pathwise(
         max_gradients: Gradients of the ELBO after which the run ends.
         disperse: Start at a random point of the seed's.
         start: The optimum of Normal factors, where it is known.
+        evaluate: The density and its gradient at rows, where they are other than the start's.
+        make_elbo: Makes the ELBO over fixed noise, where it is another.
         report: Called with the progress.
 
     Returns:
@@ -82,7 +88,7 @@ def solve_pathwise(
     spent = 0 if start.outcome is None else start.outcome.num_gradients
     meter = Meter(max(1, max_gradients - spent), report)
     meter.losses = [] if start.outcome is None else list(start.outcome.losses)
-    run = _Run(Blocks(log_joint), guide, seed, tolerance, meter)
+    run = _Run(Blocks(log_joint, evaluate), guide, seed, tolerance, meter, make_elbo)
     reason, message = run.solve(first)
     return Outcome(
         elbo=run.elbo,
@@ -99,7 +105,13 @@ def solve_pathwise(
 
 class _Run:
     def __init__(
-        self, blocks: Blocks, guide: FactorisedGuide, seed: int, tolerance: float, meter: Meter
+        self,
+        blocks: Blocks,
+        guide: FactorisedGuide,
+        seed: int,
+        tolerance: float,
+        meter: Meter,
+        make_elbo: Callable[..., FamilyELBO],
     ) -> None:
         self.blocks, self.guide, self.meter = blocks, guide, meter
         self.seed, self.tolerance = seed, tolerance
@@ -107,7 +119,8 @@ class _Run:
         self.elbo, self.elbo_se = math.nan, math.nan
         self.notes: list[str] = []
         num_fresh = _FRESH_COSTLY_DRAWS if blocks.is_costly else _FRESH_DRAWS
-        self.fresh = FamilyELBO(blocks, guide, num_fresh, seed=seed + 1_000_003, meter=meter)
+        self.make_elbo = make_elbo
+        self.fresh = make_elbo(blocks, guide, num_fresh, seed=seed + 1_000_003, meter=meter)
 
     def solve(self, start: Params) -> tuple[StopReason, str]:
         first = self._finite(self.fresh.flatten(start))
@@ -130,7 +143,9 @@ class _Run:
         num_draws = self._first_draws()
         before: tuple[Tensor, Tensor] | None = None
         while True:
-            elbo = FamilyELBO(self.blocks, self.guide, num_draws, seed=self.seed, meter=self.meter)
+            elbo = self.make_elbo(
+                self.blocks, self.guide, num_draws, seed=self.seed, meter=self.meter
+            )
             if not math.isfinite(elbo.value_and_gradient(x)[0]):
                 x = self._finite(x, elbo)
             x = lbfgs(
@@ -139,7 +154,7 @@ class _Run:
                 elbo.unit_metric(x),
                 max_iterations=_MAX_ITERATIONS,
                 gradient_tolerance=1e-3,
-                value_tolerance=max(1e-10, 10.0 * torch.finfo(self.blocks.log_joint.dtype).eps),
+                value_tolerance=max(_VALUE, 10.0 * torch.finfo(self.blocks.log_joint.dtype).eps),
             )
             gained = self._keep_if_better(x)
             median, spread = self._shape(x)
