@@ -24,6 +24,7 @@ from torch.distributions import (
     constraints,
 )
 
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -71,7 +72,7 @@ def select(values: Tensor, index: Tensor) -> Tensor:
     return values.expand(*batch, -1).gather(-1, flat).movedim(-1, 0).reshape(index.shape)
 
 
-class AnchoredMap(Generic[Geometry]):
+class AnchoredMap(NormalNoise, Generic[Geometry]):
     """The methods of a family whose members are anchored maps of normal noise.
 
     The parameters are ``loc``, ``scale`` and the shape. A family adds the geometry of a shape (its
@@ -93,16 +94,6 @@ class AnchoredMap(Generic[Geometry]):
     def map_log_prob(self, geometry: Geometry, t: Tensor) -> Tensor:
         """Log density of T of standard normal noise, in nats."""
         raise NotImplementedError
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Map noise to values: increasing in the noise."""

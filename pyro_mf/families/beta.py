@@ -22,6 +22,7 @@ from pyro_mf.families.log_concave import (
     quantile_at,
     value_at_noise,
 )
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import mean_and_sd
 
@@ -30,7 +31,7 @@ _RARE = 12.0  # logit beyond which a Beta is a Gamma law of the small side, to 1
 
 
 @dataclass(frozen=True)
-class Beta:
+class Beta(NormalNoise):
     r"""Beta factors of latents between 0 and 1, as laws of :math:`u = \mathrm{logit}\, X`.
 
     The log density on this axis is :math:`a \log\sigma(u) + b \log\sigma(-u) - \log B(a, b)`. The
@@ -70,16 +71,6 @@ class Beta:
         near = fit_dirichlet(torch.stack(mean_log_sigmoids(loc, scale), -1)).to(loc.dtype)
         rare = Gamma().init(-loc.abs(), scale)
         return _where_rare(loc, scale, rare, near)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability."""

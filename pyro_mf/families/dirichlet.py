@@ -14,13 +14,14 @@ from pyro_mf.families.beta import Beta
 from pyro_mf.families.dirichlet_fit import fit_dirichlet, mean_log_sigmoids
 from pyro_mf.families.distribution import FamilyDistribution
 from pyro_mf.families.gamma_function import POSITIVE
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 _BETA = Beta()
 
 
 @dataclass(frozen=True)
-class Dirichlet:
+class Dirichlet(NormalNoise):
     r"""Dirichlet factors of K proportions, in the K - 1 coordinates of torch's stick breaking.
 
     These are logits of what each piece takes of the stick that is left, moved so that zeros mean
@@ -67,16 +68,6 @@ class Dirichlet:
         """The member of least forward divergence from independent Normal coordinates."""
         logits = loc - _offsets(loc)
         return (fit_dirichlet(_log_proportions(*mean_log_sigmoids(logits, scale))).to(loc.dtype),)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Every coordinate's quantile at its noise's own probability."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width
 
@@ -20,7 +21,7 @@ _LEAST_SCALE = 1e-3  # of a column without spread, in units of its width
 
 
 @dataclass(frozen=True)
-class FullRank:
+class FullRank(NormalNoise):
     r"""Dependent Normal vectors :math:`u = \mu + L\varepsilon` with standard normal noise.
 
     Contributions to densities and entropies are those of the whitened coordinates
@@ -72,16 +73,6 @@ class FullRank:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """Independent elements with these locations and scales."""
         return (loc, torch.diag_embed(scale))
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Shift the noise, multiplied by the Cholesky factor."""

@@ -25,6 +25,7 @@ from pyro_mf.families.log_concave import (
     quantile_at,
     value_at_noise,
 )
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 _LEAST_SPREAD, _MOST_SPREAD = 1e-12, 1e12  # of log X, between which concentrations are found
@@ -32,7 +33,7 @@ _NUM_STEPS = 10
 
 
 @dataclass(frozen=True)
-class Gamma:
+class Gamma(NormalNoise):
     r"""Gamma factors of positive latents, as laws of :math:`u = \log X`.
 
     The log density on this axis is :math:`a(u + \log b) - b e^u - \log\Gamma(a)`. The transform is
@@ -73,16 +74,6 @@ class Gamma:
         spread = scale.double().square().clamp(_LEAST_SPREAD, _MOST_SPREAD)
         concentration = inverse_trigamma(spread)
         return _representable(concentration, torch.digamma(concentration) - loc, loc.dtype)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability."""

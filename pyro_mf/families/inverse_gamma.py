@@ -11,13 +11,14 @@ from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.distribution import FamilyDistribution
 from pyro_mf.families.gamma import Gamma
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 _GAMMA = Gamma()
 
 
 @dataclass(frozen=True)
-class InverseGamma:
+class InverseGamma(NormalNoise):
     r"""Inverse Gamma factors of positive latents, as laws of :math:`u = \log X`.
 
     ``1 / X`` is a Gamma variable of the same concentration and rate, so its logarithm is that of
@@ -53,16 +54,6 @@ class InverseGamma:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member whose logarithm has mean ``loc`` and standard deviation ``scale``."""
         return _GAMMA.init(-loc, scale)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width
 from pyro_mf.families.weighted_likelihood import LEAST_SCALE
@@ -18,7 +19,7 @@ _LOG_2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(NormalNoise):
     r"""Laplace factors, with density :math:`e^{-|u - \mu|/s} / (2 s)`.
 
     The transform is monotone in its standard normal noise.
@@ -48,16 +49,6 @@ class Laplace:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member with mean ``loc`` and standard deviation ``scale``."""
         return (loc, scale * math.sqrt(0.5))
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability."""

@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.functional import logsigmoid
 
 from pyro_mf.families.distribution import FamilyDistribution
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_likelihood import maximise_on_own_axis
 
@@ -19,7 +20,7 @@ _SD = math.pi / math.sqrt(3.0)  # standard deviation of the standard logistic di
 
 
 @dataclass(frozen=True)
-class Logistic:
+class Logistic(NormalNoise):
     r"""Logistic factors, with distribution function :math:`1 / (1 + e^{-(u - \mu)/s})`.
 
     On the logit axis the one with location 0 and scale 1 is the uniform distribution. The transform
@@ -50,16 +51,6 @@ class Logistic:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member with mean ``loc`` and standard deviation ``scale``."""
         return (loc, scale / _SD)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability."""

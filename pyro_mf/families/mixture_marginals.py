@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_mf.families.mixture_fit import fit_mixture
 from pyro_mf.families.mixture_quantile import mixture_quantile
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width
 
@@ -20,7 +21,7 @@ _APART = 0.5  # half the sds between the outermost components at the start
 
 
 @dataclass(frozen=True)
-class MixtureMarginals:
+class MixtureMarginals(NormalNoise):
     """Elements of a :class:`~pyro_mf.families.factorised_mixture.FactorisedMixture` by themselves.
 
     Parameters have shape ``(*batch, K)`` and are the components' own: for reading a fit. To
@@ -60,16 +61,6 @@ class MixtureMarginals:
         steps = steps if self.num_components > 1 else 0.0 * steps
         locs = loc[..., None] + scale[..., None] * steps
         return locs, scale[..., None].expand(locs.shape).clone(), torch.zeros_like(locs)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Quantiles at the noise's probabilities: increasing in the noise."""

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(NormalNoise):
     r"""Normal factors :math:`u = \mu + \sigma\varepsilon` with standard normal noise.
 
     Example:
@@ -44,16 +45,6 @@ class Normal:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """Take location and scale as they are."""
         return (loc, scale)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Shift and stretch the noise."""

@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 from pyro_mf.families.anchored_map import HALF_LOG_2PI, free_numbers, relative_logs
 from pyro_mf.families.mixture_fit import fit_mixture
 from pyro_mf.families.mixture_quantile import mixture_quantile
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width, likelier
 
@@ -20,7 +21,7 @@ _SPREAD = 1.0  # of the means at the start, in components' sds: equal ones would
 
 
 @dataclass(frozen=True)
-class NormalMixture:
+class NormalMixture(NormalNoise):
     r"""Factors that are mixtures of K Normals, sampled through their quantile function.
 
     ``loc`` and ``scale`` are the factor's mean and standard deviation. Its shape is given by
@@ -79,16 +80,6 @@ class NormalMixture:
         zeros = loc.new_zeros(*loc.shape, free)
         locs = torch.linspace(-_SPREAD, _SPREAD, free + 1, dtype=loc.dtype, device=loc.device)
         return (loc, scale, zeros, zeros + locs[:free], zeros.clone())
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Quantiles at the noise's probabilities: increasing in the noise."""

@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 from torch.nn.functional import logsigmoid
 
 from pyro_mf.families.distribution import FamilyDistribution
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_likelihood import maximise_on_own_axis
 
@@ -28,7 +29,7 @@ _STEP, _NUM_STEPS = 0.0625, 46
 
 
 @dataclass(frozen=True)
-class SinhArcsinh:
+class SinhArcsinh(NormalNoise):
     r"""Sinh-arcsinh factors: :math:`u = \mu + \sigma\, c_t\, [\sinh a + k (\cosh a - 1)]`.
 
     Here :math:`a = t\,\mathrm{arcsinh}\,\varepsilon` for standard normal noise
@@ -80,16 +81,6 @@ class SinhArcsinh:
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The Normal with this location and scale."""
         return (loc, scale, torch.zeros_like(loc), torch.ones_like(loc))
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """Bend, shift and stretch the noise."""

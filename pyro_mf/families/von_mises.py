@@ -19,13 +19,14 @@ from pyro_mf.families.angles import (
 )
 from pyro_mf.families.distribution import FamilyDistribution
 from pyro_mf.families.gamma_function import POSITIVE
+from pyro_mf.families.noise import NormalNoise
 from pyro_mf.families.protocol import Params
 
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
 @dataclass(frozen=True)
-class VonMises:
+class VonMises(NormalNoise):
     r"""Von Mises factors of angles, :math:`q(u) = e^{\kappa\cos(u-\mu)} / (2\pi I_0(\kappa))`.
 
     The axis is the circle, unrolled: as with torch's own class the density has period 2 pi, any
@@ -66,16 +67,6 @@ class VonMises:
         """The member of least forward divergence from a Normal wrapped around the circle."""
         spread = -torch.expm1(-0.5 * scale.double().square())
         return loc, inverse_spread(spread).to(loc.dtype)
-
-    def noise(
-        self,
-        shape: tuple[int, ...],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """Draw standard normal noise."""
-        return torch.randn(shape, dtype=dtype, device=device)
 
     def transform(self, params: Params, noise: Tensor) -> Tensor:
         """The quantile at the noise's own probability, within pi of the location."""
