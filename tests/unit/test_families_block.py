@@ -282,6 +282,7 @@ def test_batches_of_any_shape(family):
     torch.testing.assert_close(family.log_prob(per_draw, u), log_prob)
 
 
+@pytest.mark.slow  # by torch's own tracer; by ours in test_families.py
 @every_block
 @pytest.mark.parametrize("trace", [capture_graph, make_fx], ids=["recorder", "make_fx"])
 def test_graphs_hold_draws_densities_and_gradients(family, trace):

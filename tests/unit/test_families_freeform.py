@@ -289,6 +289,7 @@ def test_single_precision_agrees_with_double(family):
     assert (off > 1e-3).double().mean() <= (0.02 if family.name == "histogram" else 0.0)
 
 
+@pytest.mark.slow  # by torch's own tracer; by ours in test_families.py
 @every_default
 def test_graph_with_gradients_can_be_captured(family):
     def value_and_gradients(noise, *stored):

@@ -313,6 +313,7 @@ def test_batches_of_any_shape(family, batch):
         )
 
 
+@pytest.mark.slow  # by torch's own tracer; by ours in test_families.py
 @every_family
 def test_loss_can_be_captured(family):
     def loss(stored, noise):
