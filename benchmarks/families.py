@@ -5,8 +5,8 @@ quantiles on the model's own scale, in reference sds, averaged over the latents 
 has (not over functions of several latents, which no product gets right). *draws* are the posterior
 draws themselves, which no product can beat where it is right; *auto* was given 8000 of them.
 Reverse KL: nats of ELBO above the optimal Normal factors, each at 4000 draws of its own, and the
-seconds of CPU that the fit took in all. Rows are printed as they come. Set POSTERIORDB to the folder
-of the references.
+seconds of CPU that the fit took in all. Rows are printed as they come. Set POSTERIORDB to the
+folder of the references.
 Run from the repository's root: python -m benchmarks.families
 """
 
