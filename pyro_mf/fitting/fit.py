@@ -63,8 +63,9 @@ def fit(
             out where Normal factors do not suffice, and says what it chose.
         objective: An objective in the manner of :class:`pyro.infer.ELBO`; by default
             :class:`~pyro_mf.ReverseKL`.
-        solver: ``"deterministic"`` (fixed draws: reverse KL, continuous factors, full data), ``"moment_matching"`` (forward KL, full data: draws of the posterior first, then
-            each factor by itself), ``"stochastic"`` (everything else), or ``"auto"``.
+        solver: ``"deterministic"`` (fixed draws: reverse KL, full data), ``"moment_matching"``
+            (forward KL, full data: draws of the posterior first, then each factor by itself),
+            ``"stochastic"`` (everything else), or ``"auto"``.
         draws: Draws of the posterior for the forward KL, instead of those that it would make: a
             result of :func:`~pyro_mf.run_nuts`, a Pyro ``MCMC`` after its run, an ``InferenceData``
             or ``DataTree``, or a mapping from latent sites to tensors ``(S, *shape)`` or
