@@ -37,6 +37,8 @@ from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
 # Standard errors that fit into the tolerance: so large is the largest of thousands of errors. Where
 # draws are cheap, twice as many: at the default every mean is then within .05 sds by four of them.
 _Z, _Z_AIM = 4.0, 8.0
+# Of a log density from which on draws are not cheap whatever their number, as with loops over time.
+_MANY_OPERATIONS = 1000
 _NUM_FRESH = 2048
 _NO_ELBO = (
     "the factors reach to where the model has no density, so that the ELBO of their product is not "
@@ -69,7 +71,8 @@ def solve_moments(
             where a check fails.
         seed: Seed of everything random.
         tolerance: Error of means, in posterior sds, and of sds, relative; four standard errors of
-            the draws are at most that, and eight where a fifth of the budget is enough for them.
+            the draws are at most that, and eight where a fifth of the budget is enough for them and
+            the density is no long program.
         max_gradients: Budget, in gradients of the log joint at 64 points each; tempering, which
             comes last, finishes its runs and may take more.
         report: Called with the progress.
@@ -90,7 +93,7 @@ def solve_moments(
         loc,
         scale,
         max_error=tolerance / _Z,
-        aim=tolerance / _Z_AIM,
+        aim=tolerance / (_Z_AIM if log_joint.footprint.num_operations < _MANY_OPERATIONS else _Z),
         max_gradients=max(1, max_gradients - start.num_gradients),
         generator=torch.Generator().manual_seed(seed),
         report=report,
