@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from pyro.infer import SVI
 from torch import Tensor
 
 from pyro_mf import _pyro
-from pyro_mf._errors import ConversionWarning, ModelError
+from pyro_mf._errors import ConversionWarning, ModelError, ScoreGradientWarning
 from pyro_mf.convert.datasets import Axes, to_dataset
 from pyro_mf.convert.groups import (
     Arrays,
@@ -22,9 +23,11 @@ from pyro_mf.convert.groups import (
     evaluate_draws,
     log_density,
 )
-from pyro_mf.convert.guide_draws import check_ready, draw_guide, is_factorised
+from pyro_mf.convert.guide_draws import GuideDraws, check_ready, draw_guide, is_factorised
 from pyro_mf.convert.samples import check_arguments, sample_coords
 from pyro_mf.density import LogJoint
+from pyro_mf.objectives.discrete import make_plan
+from pyro_mf.objectives.labelled import LabelledJoint
 from pyro_mf.weights import psis
 
 if TYPE_CHECKING:
@@ -127,7 +130,13 @@ def from_pyro_svi(
     drawn = draw_guide(guide, model_args, model_kwargs or {}, log_joint.layout, num, seed)
     draws = Draws(drawn.z.reshape(len(chain), len(draw), -1), chain, draw)
     evaluation = evaluate_draws(log_joint, drawn.z, log_likelihood=log_likelihood)
-    stats = {"lp": log_density(log_joint, drawn.z, evaluation)}
+    if drawn.discrete:
+        evaluation = replace(evaluation, latents=evaluation.latents | drawn.discrete)
+        lp, why = _with_labels(log_joint, guide, drawn)
+        drawn = drawn if not why else replace(drawn, log_q=None, why_no_log_q=why)
+    else:
+        lp = log_density(log_joint, drawn.z, evaluation)
+    stats = {"lp": lp}
     if drawn.log_q is None:
         message = f"log_q, log_weight, the ELBO and k-hat are left out: {drawn.why_no_log_q}."
         warnings.warn(message, ConversionWarning, stacklevel=2)
@@ -156,6 +165,19 @@ def from_pyro_svi(
         attrs={**own, "num_steps": steps, "seed": seed, "is_approximate": 1},
         vi_fit={"vi_fit": _vi_fit(guide, stats.get("log_weight"), losses)},
     )
+
+
+def _with_labels(log_joint: LogJoint, guide: Any, drawn: GuideDraws) -> tuple[Tensor, str]:
+    """Log joint at draws of all sites; or with discrete ones summed out, and why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScoreGradientWarning)  # nothing is trained here
+        args, kwargs = log_joint.model_args, log_joint.model_kwargs
+        plan = make_plan(log_joint.model, guide, args, kwargs, math.inf)
+    if not plan.drawn:
+        return LabelledJoint(log_joint, drawn.discrete).at(drawn.z, drawn.discrete), ""
+    name, reason = next(iter(plan.drawn.items()))
+    with torch.no_grad():
+        return log_joint(drawn.z), f"discrete site '{name}' cannot be summed over ({reason})"
 
 
 def _model_of(guide: Any) -> Callable[..., Any]:

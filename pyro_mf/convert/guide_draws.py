@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -16,6 +16,7 @@ from pyro_mf import _pyro
 from pyro_mf._errors import GuideMismatchError, GuideNotSetUpError
 from pyro_mf.convert.vectorise import forked_seed, run_many
 from pyro_mf.density.sites import Layout
+from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.protocol import FactorisedGuide
 
 
@@ -27,11 +28,14 @@ class GuideDraws:
         z: Shape ``(S, D)``, in the layout asked for.
         log_q: Log density on the unconstrained space, nats, shape ``(S,)``, or ``None``.
         why_no_log_q: The reason where ``log_q`` is ``None``, else empty.
+        discrete: Draws of the discrete sites that have factors, shapes ``(S, *shape)``; ``log_q``
+            is about these, too.
     """
 
     z: Tensor
     log_q: Tensor | None
     why_no_log_q: str
+    discrete: dict[str, Tensor] = field(default_factory=dict)
 
 
 def check_ready(guide: Any) -> None:
@@ -95,7 +99,13 @@ def _draw_factorised(guide: FactorisedGuide, layout: Layout, num: int, seed: int
     with forked_seed(seed), torch.no_grad():
         z = guide.sample_unconstrained(num)
         log_q = guide.log_prob_unconstrained(z)
-    return GuideDraws(layout.pack(guide.layout.unpack(z)), log_q, "")
+        discrete = {}
+        if isinstance(guide, DiscreteGuide) and guide.discrete_sites:
+            discrete = guide.sample_discrete(num)
+            log_q = log_q + guide.log_prob_discrete(discrete)
+    if layout.sites:
+        z = layout.pack(guide.layout.unpack(z))
+    return GuideDraws(z, log_q, "", discrete)
 
 
 def _draw_by_running(

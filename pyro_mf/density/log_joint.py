@@ -227,7 +227,7 @@ class LogJoint:
                 f"expected unconstrained vectors of shape (..., {self.size}), one entry per "
                 f"element of {[s.name for s in self.layout.sites]}; got shape {tuple(z.shape)}."
             )
-        return z.reshape(-1, self.size)
+        return z.reshape(z.shape[:-1].numel(), self.size)
 
     def _build_value(self, batch: Batch) -> PureFunction:
         return lambda z, *flat: (batch(z, self.program.unflatten(flat)),)

@@ -255,6 +255,8 @@ def value_and_gradients(batch: Batch, z: Tensor, inputs: Inputs) -> tuple[Tensor
         z = z.detach().requires_grad_(True)
         params = tuple(p.detach().requires_grad_(True) for p in inputs.params)
         value = batch(z, inputs._replace(params=params))
+        if not value.requires_grad:  # no continuous latents
+            return (value, *map(torch.zeros_like, (z, *params)))
         gradients = torch.autograd.grad(
             value.sum(), (z, *params), allow_unused=True, materialize_grads=True
         )

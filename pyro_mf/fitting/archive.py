@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from pyro_mf.convert.guide_draws import draw_guide
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import Layout, LogJoint
 from pyro_mf.density.prototype import run_prototype
-from pyro_mf.families import FAMILIES, Family
+from pyro_mf.families import FAMILIES
+from pyro_mf.families.discrete import DISCRETE_FAMILIES
 from pyro_mf.fitting.checkpoint import read_file, write_file
 from pyro_mf.fitting.problem import Problem, read_problem
 from pyro_mf.fitting.response import Response
-from pyro_mf.fitting.restarts import Optimum, current_params
+from pyro_mf.fitting.restarts import Optimum, current_params, restore_params, split_params
 from pyro_mf.fitting.saved import Densities, Saved, parse
+from pyro_mf.guides.discrete_factors import Kind
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.outcome import Forward
 
@@ -50,8 +52,10 @@ _OUTCOME = (
     "refusal",
     "state",
 )
+_KINDS = get_args(Kind)  # of discrete sites, which have these in place of a support
 _ROUNDING = {torch.float64: 1e-6}  # of a log joint, relative, on another device
 _COARSE_ROUNDING = 1e-3  # in any other dtype
+_KNOWN: dict[str, Any] = {**FAMILIES, **DISCRETE_FAMILIES}
 _FIELDS = ("solver", "reason", "seed", "best", "seconds", "notes")
 
 
@@ -91,7 +95,7 @@ def load_result(
     saved = parse(path, read_file(path))
     is_flat = saved.guide["kind"] == "flat"
     families = saved.guide["families"] if is_flat else {}
-    if guide is None and not (is_flat and all(name in FAMILIES for name, _ in families.values())):
+    if guide is None and not (is_flat and all(name in _KNOWN for name, _ in families.values())):
         raise CheckpointError(
             f"'{path}' holds a fit of the guide {saved.guide['class']}, which load cannot make. "
             "Give it a new one for the model as `guide`."
@@ -162,6 +166,9 @@ def _guide_content(guide: Any) -> dict[str, Any]:
     if isinstance(guide, FlatGuide):
         sites = _describe(guide.layout)
         families = {site: [f.name, _options(f)] for site, f in guide.families.items()}
+        for site in getattr(guide, "discrete_sites", ()):
+            families[site.name] = [site.family.name, _options(site.family)]
+            sites.append([site.name, list(site.shape), [*site.shape, site.num_values], site.kind])
         return {**own, "kind": "flat", "families": families, "sites": sites}
     if isinstance(guide, torch.nn.Module):
         return {**own, "kind": "module", "state": dict(guide.state_dict())}
@@ -171,19 +178,19 @@ def _guide_content(guide: Any) -> dict[str, Any]:
     )
 
 
-def _families(path: Path, saved: Mapping[str, Any]) -> dict[str, Family]:
+def _families(path: Path, saved: Mapping[str, Any]) -> dict[str, Any]:
     """The families of a file's sites, made again.
 
     Raises:
         CheckpointError: If one has not the options that were saved.
     """
     try:
-        return {site: FAMILIES[name](**options) for site, (name, options) in saved.items()}
+        return {site: _KNOWN[name](**options) for site, (name, options) in saved.items()}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"'{path}' holds options that no family has: {error}") from error
 
 
-def _options(family: Family) -> dict[str, Any]:
+def _options(family: object) -> dict[str, Any]:
     """The fields from which a family can be made again."""
     if not is_dataclass(family):
         return {}
@@ -199,12 +206,13 @@ def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
         )
     if isinstance(guide, FlatGuide):
         if not guide.is_set_up and guide.model is problem.model:
-            _check_sites(path, saved, run_prototype(problem.model, args, kwargs).full_layout)
+            sites = _describe(run_prototype(problem.model, args, kwargs).full_layout)
+            _check_sites(path, [s for s in saved.guide["sites"] if s[3] not in _KINDS], sites)
         guide.setup(*args, **kwargs)
-        _check_sites(path, saved, guide.layout)
+        _check_sites(path, saved.guide["sites"], _guide_content(guide)["sites"])
         best = saved.restarts[saved.fields["best"]].params
         try:
-            guide.set_flat_params(best)
+            restore_params(guide, best)
         except (ValueError, RuntimeError) as error:  # another number of them, or a negative scale
             raise CheckpointError(
                 f"'{path}' holds no parameters of an AutoMeanField of family "
@@ -218,16 +226,16 @@ def _restore_guide(path: Path, problem: Problem, saved: Saved) -> None:
         raise CheckpointError(f"'{path}' holds a fit of another guide or model: {error}") from error
 
 
-def _check_sites(path: Path, saved: Saved, layout: Layout) -> None:
+def _check_sites(path: Path, saved: list[list[Any]], sites: list[list[Any]]) -> None:
     """Refuse a file of a model with other latent sites.
 
     Raises:
         CheckpointError: If it is one.
     """
-    if (sites := _describe(layout)) != saved.guide["sites"]:
+    if sites != saved:
         raise CheckpointError(
-            f"'{path}' holds a fit of another model: {_difference(saved.guide['sites'], sites)}"
-            ". Give the model, and data of the size, that were fitted."
+            f"'{path}' holds a fit of another model: {_difference(saved, sites)}. Give the "
+            "model, and data of the size, that were fitted."
         )
 
 
@@ -269,7 +277,7 @@ def _densities_content(problem: Problem) -> dict[str, Any] | None:
 def _two_points(problem: Problem, layout: Layout) -> Tensor:
     guide = problem.guide
     if isinstance(guide, FlatGuide):
-        params = current_params(guide)
+        params = split_params(guide, current_params(guide))[0]
         shares = torch.tensor([[0.5], [0.8413447]]).to(params[0])
         return guide.family.quantile(params, shares)  # of normals, loc and loc + scale
     return draw_guide(guide, problem.model_args, problem.model_kwargs, layout, 2, 0).z

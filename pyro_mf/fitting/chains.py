@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_mf.convert import from_pyro, from_pyro_svi, generations
-from pyro_mf.fitting.restarts import usable
+from pyro_mf.fitting.restarts import current_params, restore_params, usable
 from pyro_mf.guides.flat_guide import FlatGuide
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def _joined(chains: list[Any], *, best: int) -> Any:
 @contextmanager
 def _held_at(guide: FlatGuide, params: tuple[Tensor, ...]) -> Iterator[None]:
     """Give a guide other parameters inside a ``with`` block."""
-    own = tuple(p.detach().clone() for p in guide.flat_params())
-    guide.set_flat_params(params)
+    own = current_params(guide)
+    restore_params(guide, params)
     try:
         yield
     finally:
-        guide.set_flat_params(own)
+        restore_params(guide, own)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density.prototype import run_prototype
 from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradient
 from pyro_mf.fitting.problem import Problem
+from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.objectives import ForwardKL, ReverseKL
+from pyro_mf.solvers.coordinate_ascent import why_not_summed
 from pyro_mf.solvers.posterior_draws import Source
 
 SolverName: TypeAlias = Literal["deterministic", "stochastic", "moment_matching"]
@@ -68,7 +70,8 @@ def choose_solver(problem: Problem, solver: str = "auto", *, has_draws: bool = F
     missing = None
     if obstacle is None:
         log_joint = problem.log_joint
-        missing = describe_missing_gradient(log_joint) or describe_jump(log_joint)
+        if log_joint.size:
+            missing = describe_missing_gradient(log_joint) or describe_jump(log_joint)
     if missing is not None and not has_draws:
         obstacle = f"the log density is not differentiable: {missing}"
         obstacle += "" if _is_forward(problem) else "; score gradients, slow"
@@ -102,7 +105,12 @@ def _is_forward(problem: Problem) -> bool:
 def _fast(problem: Problem, solver: SolverName, *, has_draws: bool) -> Choice:
     if not isinstance(problem.objective, ForwardKL):
         guide = problem.guide
+        if not guide.layout.sites:
+            reason = "reverse KL, discrete factors, full data, all values can be summed over"
+            return Choice(solver, reason)
         factors = "families to choose" if guide.is_auto else f"{guide.family.name} factors"
+        if _has_discrete(guide):
+            factors += " and discrete ones that are summed over"
         return Choice(solver, f"reverse KL, {factors}, full data, differentiable log density")
     reason = "forward KL, full data, "
     reason += "draws are given" if has_draws else "differentiable log density"
@@ -125,10 +133,11 @@ def _inside_model(problem: Problem) -> str | None:
     prototype = log_joint.program.prototype
     if prototype.params:
         return f"the model has learnable parameters, such as '{next(iter(prototype.params))}'"
-    if not log_joint.size:
+    if not (log_joint.size or _has_discrete(problem.guide)):
         raise ModelError(
             f"the model has no continuous latent site, only {list(prototype.discrete)}, which are "
-            "summed out exactly. There is nothing to fit."
+            "summed out exactly. There is nothing to fit. To have factors of discrete sites, ask "
+            f"for them by name: family={{'{prototype.discrete[0]}': 'categorical'}}."
         )
     return None
 
@@ -147,18 +156,24 @@ def _outside_model(problem: Problem) -> str | None:
         return f"the guide ({name}) is not an AutoMeanField"
     if guide.create_plates is not None:
         return "the guide subsamples plates of its own (create_plates)"
-    if getattr(guide, "has_discrete_factors", False):
-        return "discrete sites have factors of their own, which the full data's density sums out"
+    if isinstance(objective, ForwardKL) and _has_discrete(guide):
+        return "discrete sites have factors of their own, which the draws know nothing of"
     return None
 
 
 def _among_sites(problem: Problem) -> str | None:
     """What about the latents keeps a solver of the full data from serving."""
     guide = problem.guide
+    if _has_discrete(guide):
+        return why_not_summed(problem.model, guide, problem.model_args, problem.model_kwargs)
     if not isinstance(guide, FlatGuide) or not _is_forward(problem):
         return None
     angles = [site.name for site in guide.layout.sites if site.is_circular]
     return f"site '{angles[0]}' is an angle, without moments on a line" if angles else None
+
+
+def _has_discrete(guide: Any) -> TypeGuard[DiscreteGuide]:
+    return isinstance(guide, DiscreteGuide) and guide.has_discrete_factors
 
 
 def _set_up_guide(problem: Problem) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pyro_mf.fitting.progress import with_error
 from pyro_mf.guides.flat_guide import FlatGuide
@@ -68,10 +69,19 @@ def _latents(result: FitResult) -> str:
     guide = result.guide
     if not isinstance(guide, FlatGuide):
         return f"those of the guide, {getattr(guide, '__name__', type(guide).__name__)}"
-    sites = guide.layout.sites
+    labels = getattr(guide, "discrete_sites", ())
+    parts = []
+    if guide.layout.sites:
+        parts.append(f"{guide.layout.size} unconstrained elements: {_listed(guide.layout.sites)}")
+    if labels:
+        count = sum(site.shape.numel() for site in labels)
+        parts.append(f"{count} discrete elements: {_listed(labels)}")
+    return "; ".join(parts)
+
+
+def _listed(sites: Sequence[Any]) -> str:
     names = [f"{s.name} {list(s.shape)}" if s.shape else s.name for s in sites]
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    return f"{guide.layout.size} unconstrained elements: {shown}"
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def _cost(result: FitResult) -> str:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from pyro_mf.families.factorised_mixture import FactorisedMixture
+from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.outcome import Outcome
 
 # Two optima are different where their ELBOs differ by more than this many standard errors and a
-# hundredth of a nat, or a location by more than a standard deviation of its factor.
-_Z, _NATS, _SDS = 4.0, 0.01, 1.0
+# hundredth of a nat, a location by more than a standard deviation of its factor, or a probability
+# by more than a half.
+_Z, _NATS, _SDS, _PROBABILITY = 4.0, 0.01, 1.0, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,8 @@ class Optimum:
     Args:
         seed: Seed of the start and of the solver.
         outcome: What the solver reported.
-        params: The guide's flat parameters there, each ``(D,)``; empty for guides without.
+        params: The guide's parameters there, as :func:`current_params` gives them; empty for guides
+            of other kinds.
     """
 
     seed: int
@@ -61,32 +64,55 @@ def describe_modes(optima: tuple[Optimum, ...], guide: Any) -> str | None:
     worst = min(found, key=lambda o: o.elbo)
     lower = [o for o in found if best.elbo - o.elbo > _allowed(best, o)]
     apart = [_largest_shift(best, o, guide) for o in found if o is not best]
-    shift, element = max(apart)
+    where = max(apart)[1]
     # Medians of a mixture may lie anywhere between its modes, and be far apart at one optimum.
     is_mixture = isinstance(guide.family, FactorisedMixture)
-    elsewhere = 0 if is_mixture else sum(s > _SDS for s, _ in apart)
+    elsewhere = 0 if is_mixture else sum(shift > 1.0 for shift, _ in apart)
     if lower:
         return (
             f"{len(lower)} of {len(found)} starts ended at a lower ELBO than the best: "
             f"{worst.elbo:.2f} ± {worst.outcome.elbo_se:.2g} against {best.elbo:.2f} ± "
-            f"{best.outcome.elbo_se:.2g} nats, with '{element}' up to {shift:.2g} sds away. The "
-            "best is the result; more starts may find a better one"
+            f"{best.outcome.elbo_se:.2g} nats, with {where}. The best is the result; more starts "
+            "may find a better one"
         )
     if elsewhere:
         return (
-            f"{elsewhere} of {len(found)} starts ended elsewhere at the same ELBO, with "
-            f"'{element}' up to {shift:.2g} sds away: the posterior has several modes (labels that "
-            "can be swapped, signs), and the result describes one of them"
+            f"{elsewhere} of {len(found)} starts ended elsewhere at the same ELBO, with {where}: "
+            "the posterior has several modes (labels that can be swapped, signs), and the result "
+            "describes one of them"
         )
     return None
 
 
 def current_params(guide: Any) -> tuple[Tensor, ...]:
-    """A copy of a guide's flat parameters; empty for guides without."""
+    """A copy of a guide's flat parameters, then of its discrete factors' logits; else empty."""
     if not isinstance(guide, FlatGuide):
         return ()
     with torch.no_grad():
-        return tuple(p.detach().clone() for p in guide.flat_params())
+        params = guide.flat_params()
+        if isinstance(guide, DiscreteGuide):
+            params += guide.discrete_params()
+        return tuple(p.detach().clone() for p in params)
+
+
+def restore_params(guide: FlatGuide, params: tuple[Tensor, ...]) -> None:
+    """Give a guide the parameters that :func:`current_params` copied.
+
+    Raises:
+        ValueError: If they do not fit it.
+    """
+    flat, logits = split_params(guide, params)
+    guide.set_flat_params(flat)
+    if isinstance(guide, DiscreteGuide):
+        guide.set_discrete_params(logits)
+
+
+def split_params(
+    guide: FlatGuide, params: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Flat parameters, and logits of discrete factors."""
+    count = len(guide.family.param_names)
+    return params[:count], params[count:]
 
 
 def _allowed(one: Optimum, other: Optimum) -> float:
@@ -94,10 +120,20 @@ def _allowed(one: Optimum, other: Optimum) -> float:
 
 
 def _largest_shift(best: Optimum, other: Optimum, guide: FlatGuide) -> tuple[float, str]:
-    """Largest distance of two optima's medians, in sds of the better one, and the element."""
-    half = torch.tensor([[0.5], [0.8413447]], dtype=best.params[0].dtype)
-    low, high = guide.family.quantile(best.params, half.to(best.params[0]))
-    there = guide.family.quantile(other.params, half[:1].to(best.params[0]))[0]
-    shift = (there - low).abs() / (high - low)
-    index = int(shift.argmax())
-    return float(shift[index]), guide.layout.element_names()[index]
+    """How far two optima are apart, one and more being elsewhere, and where most, in words."""
+    found = [(0.0, "no latent elsewhere")]
+    (own, logits), (theirs, others) = (split_params(guide, o.params) for o in (best, other))
+    if guide.layout.sites:
+        half = torch.tensor([[0.5], [0.8413447]], dtype=own[0].dtype).to(own[0])
+        low, high = guide.family.quantile(own, half)
+        shift = (guide.family.quantile(theirs, half[:1])[0] - low).abs() / (high - low)
+        index = int(shift.argmax())
+        farthest = float(shift[index])
+        element = guide.layout.element_names()[index]
+        found.append((farthest / _SDS, f"'{element}' up to {farthest:.2g} sds away"))
+    for site, one, two in zip(getattr(guide, "discrete_sites", ()), logits, others, strict=True):
+        change = site.family.log_probs((one,)).exp() - site.family.log_probs((two,)).exp()
+        farthest = float(change.abs().max())
+        text = f"probabilities of '{site.name}' up to {farthest:.2g} apart"
+        found.append((farthest / _PROBABILITY, text))
+    return max(found)

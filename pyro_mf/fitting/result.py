@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pyro_mf._errors import LinearResponseError
-from pyro_mf.convert.guide_draws import draw_guide
+from pyro_mf.convert.guide_draws import GuideDraws, draw_guide
 from pyro_mf.density import Layout, LogJoint
 from pyro_mf.fitting.problem import Problem, at_least
 from pyro_mf.fitting.response import Response, elements_of, respond, respond_at
@@ -237,6 +237,8 @@ class FitResult:
             ``"sd"`` or ``"sd_lr"``, that of the Gaussian with the higher ELBO. A fit by moment
             matching has ``mean_draws`` and ``sd_draws`` in place of these two, those of the draws
             of the posterior themselves: what Normal factors on an unconstrained axis cannot be.
+            Elements of discrete sites that have factors have the probabilities of their values, in
+            columns ``P(0)``, ``P(1)``, and so on, and NaN in all others.
         """
         from pyro_mf.fitting.summary import summarise
 
@@ -260,7 +262,8 @@ class FitResult:
             seed: Seed of the draws.
 
         Returns:
-            For every latent site a tensor ``(S, *shape)``, as ``Predictive`` takes.
+            For every latent site a tensor ``(S, *shape)``, as ``Predictive`` takes; discrete sites
+            that have factors are drawn from these.
 
         Raises:
             LinearResponseError: If linear response is asked for and there is none.
@@ -269,7 +272,10 @@ class FitResult:
         z = self.sample_unconstrained(
             num_draws, linear_response=linear_response, draws=draws, seed=seed
         )
-        return self.layout.constrain(z)
+        values = self.layout.constrain(z)
+        if draws or not getattr(self.guide, "discrete_sites", ()):
+            return values
+        return values | self._draw(num_draws, seed).discrete
 
     def sample_unconstrained(
         self,
@@ -292,8 +298,11 @@ class FitResult:
             source = self.linear_response() if linear_response else self.posterior_draws()
             z = source.sample(num_draws, seed=seed)
             return z.to(dtype=self.log_joint.dtype, device=self.log_joint.device)
+        return self._draw(num_draws, seed).z
+
+    def _draw(self, num_draws: int, seed: int) -> GuideDraws:
         args, kwargs = self.problem.model_args, self.problem.model_kwargs
-        return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed).z
+        return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed)
 
     def to_arviz(self, *, linear_response: bool = False, draws: bool = False, **kwargs: Any) -> Any:
         """Convert for ArviZ.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,12 +12,15 @@ from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.families import Normal
 from pyro_mf.fitting.choice import Choice
 from pyro_mf.fitting.problem import Limits, Problem
-from pyro_mf.fitting.restarts import Optimum, best_of, current_params
+from pyro_mf.fitting.restarts import Optimum, best_of, current_params, restore_params
 from pyro_mf.fitting.score import score_objective, without_pathwise
 from pyro_mf.guides import AutoMeanFieldMixture
+from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.solvers.auto_families import solve_auto
+from pyro_mf.solvers.coordinate_ascent import solve_coordinates
 from pyro_mf.solvers.deterministic import solve_deterministic, solve_from_many
+from pyro_mf.solvers.labels import solve_with_labels
 from pyro_mf.solvers.mixture import solve_mixture
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 from pyro_mf.solvers.outcome import Report
@@ -55,7 +58,21 @@ def solve(
     """
     guide, args, kwargs = problem.guide, problem.model_args, problem.model_kwargs
     options = limits.options("max_gradients")
-    if choice.solver == "deterministic" and guide.is_auto:
+    if disperse and isinstance(guide, DiscreteGuide):
+        guide.set_discrete_params(_random_logits(guide, seed))
+    if choice.solver == "deterministic" and _has_discrete(guide) and not guide.layout.sites:
+        options = limits.options("max_sweeps")
+        del options["tolerance"]  # which is in sds
+        outcome = solve_coordinates(problem.model, guide, args, kwargs, report=report, **options)
+    elif (
+        choice.solver == "deterministic"
+        and isinstance(guide, DiscreteGuide)
+        and guide.has_discrete_factors
+    ):
+        outcome = solve_with_labels(
+            problem.log_joint, guide, seed=seed, report=report, disperse=disperse, **options
+        )
+    elif choice.solver == "deterministic" and guide.is_auto:
         outcome = solve_auto(
             problem.log_joint, guide, seed=seed, report=report, disperse=disperse, **options
         )
@@ -82,7 +99,7 @@ def solve(
             problem.log_joint, guide, method=choice.source, seed=seed, report=report, **options
         )
     else:
-        if disperse:
+        if disperse and guide.layout.sites:
             guide.set_flat_params(_random_start(guide, seed))
         outcome = solve_stochastic(
             problem.model,
@@ -134,7 +151,7 @@ def solve_from_starts(
     reports = [report_for(f"start {k + 1} of {num}") for k in range(num)]
     guide = problem.guide
     is_normal = choice.solver == "deterministic" and isinstance(guide.family, Normal)
-    together = is_normal and not guide.is_auto
+    together = is_normal and not (guide.is_auto or _has_discrete(guide))
     run = _together if together else _one_by_one
     ends = run(problem, choice, seeds, reports, limits)
     failures = [(k, end) for k, end in enumerate(ends) if isinstance(end, Exception)]
@@ -142,7 +159,7 @@ def solve_from_starts(
         if len(failures) == len(ends) or not isinstance(error, _FAILURES):
             raise error
     optima = tuple(end for end in ends if isinstance(end, Optimum))
-    problem.guide.set_flat_params(optima[best_of(optima)].params)
+    restore_params(problem.guide, optima[best_of(optima)].params)
     return optima, tuple(f"start {k + 1} of {num} failed: {error}" for k, error in failures)
 
 
@@ -175,7 +192,7 @@ def _one_by_one(
     is_auto = problem.guide.is_auto
     for k, (seed, report) in enumerate(zip(seeds, reports, strict=True)):
         if not is_auto:  # whose first fit chose families, with other parameters
-            problem.guide.set_flat_params(own_start)
+            restore_params(problem.guide, own_start)
         try:
             end = solve(
                 problem,
@@ -201,3 +218,16 @@ def _random_start(guide: FlatGuide, seed: int) -> tuple[Tensor, ...]:
     loc = _BOX * (2 * uniform - 1)
     like = guide.flat_leaves()[0]
     return guide.family.init(loc.to(like), torch.full_like(loc, guide.init_scale).to(like))
+
+
+def _has_discrete(guide: Any) -> TypeGuard[DiscreteGuide]:
+    return isinstance(guide, DiscreteGuide) and guide.has_discrete_factors
+
+
+def _random_logits(guide: DiscreteGuide, seed: int) -> tuple[Tensor, ...]:
+    """Logits under which some value or other of each discrete site is more probable."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        _BOX * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        for p in guide.discrete_params()
+    )

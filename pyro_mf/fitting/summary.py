@@ -18,6 +18,7 @@ from torch.distributions import biject_to, constraints
 from pyro_mf._errors import ModelError
 from pyro_mf.families import Family, Normal
 from pyro_mf.families.protocol import event_dim_of
+from pyro_mf.guides.discrete_factors import DiscreteSite
 from pyro_mf.guides.flat_guide import FlatGuide
 from pyro_mf.guides.site_families import cut
 
@@ -103,6 +104,9 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
     if isinstance(guide, FlatGuide):
         factors = Factors(guide.family, tuple(p.detach() for p in guide.flat_params()))
     plain = _moments(result, factors, linear_response=False, deterministic=deterministic)
+    labels = [_probabilities(s, guide.probs(s.name)) for s in getattr(guide, "discrete_sites", ())]
+    if not plain:
+        return pd.concat(labels)
     if result.draws is not None:
         known = _of_posterior(result, result.draws, deterministic=deterministic)
         table = pd.concat([_table(site, m, known[site], "draws") for site, m in plain.items()])
@@ -115,7 +119,8 @@ def summarise(result: FitResult, *, deterministic: bool = False) -> pd.DataFrame
         params = (x.to(like.device, like.dtype) for x in (response.found.loc, response.found.sd))
         factors = Factors(Normal(), tuple(params))
         corrected = _moments(result, factors, linear_response=True, deterministic=deterministic)
-    table = pd.concat([_table(site, m, corrected.get(site), "lr") for site, m in plain.items()])
+    tables = [_table(site, m, corrected.get(site), "lr") for site, m in plain.items()]
+    table = pd.concat([*tables, *labels])
     table.attrs = {"believe": "sd_lr" if response.is_better(result.outcome) else "sd"}
     if response.refusal:
         table.attrs["linear_response"] = response.refusal
@@ -183,6 +188,15 @@ def _table(site: str, plain: Moments, corrected: Moments | None, suffix: str) ->
         {name: values.cpu().double().numpy().ravel() for name, values in columns.items()},
         index=_element_names(site, plain.mean.shape),
     )
+
+
+def _probabilities(site: DiscreteSite, probs: Tensor) -> pd.DataFrame:
+    """Probabilities of a discrete site's values, a column for each value."""
+    import pandas as pd
+
+    values = probs.detach().cpu().double().reshape(-1, site.num_values).numpy()
+    columns = {f"P({value})": column for value, column in enumerate(values.T)}
+    return pd.DataFrame(columns, index=_element_names(site.name, site.shape))
 
 
 def _of_draws(draws: Tensor) -> Moments:

@@ -197,9 +197,9 @@ class AutoMeanField(DiscreteGuide):
                 f"from {list(values)}."
             )
         if not self.layout.sites:
-            return torch.as_tensor(self._discrete_log_prob(values))
+            return torch.as_tensor(self.log_prob_discrete(values))
         z = self.layout.unconstrain(values)
-        total = self._discrete_log_prob(values) + self.log_prob_unconstrained(z)
+        total = self.log_prob_discrete(values) + self.log_prob_unconstrained(z)
         unconstrained = self.layout.unpack(z)
         for site in self.layout.sites:
             if not site.is_real:
@@ -238,7 +238,7 @@ class AutoMeanField(DiscreteGuide):
             For every site a tensor ``(S, *shape)``, without a gradient.
         """
         values = self.layout.constrain(self.sample_unconstrained(num_draws))
-        return values | self._sample_discrete(num_draws)
+        return values | self.sample_discrete(num_draws)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Median of every latent site, plates at full size.

@@ -84,6 +84,35 @@ class DiscreteGuide(FlatGuide):
             raise ValueError(f"log weights of site '{name}' must be finite; got {log_weights}.")
         self.get_parameter(f"{site.param_name}_unconstrained").copy_(site.family.init(weights)[0])
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the choice of families is left to a fit; not where all sites are discrete."""
+        return super().is_auto and isinstance(self._discrete_spec, dict)
+
+    def discrete_params(self) -> tuple[Tensor, ...]:
+        """Logits of every discrete site's factor, in the order of :attr:`discrete_sites`."""
+        return tuple(map(self._logits, self.discrete_sites))
+
+    @torch.no_grad()
+    def set_discrete_params(self, logits: tuple[Tensor, ...]) -> None:
+        """Write the logits of all discrete sites' factors.
+
+        Args:
+            logits: As :meth:`discrete_params` gives them.
+
+        Raises:
+            ValueError: If one has another shape, or there are more or fewer.
+        """
+        own = self.discrete_params()
+        if [x.shape for x in logits] != [x.shape for x in own]:
+            raise ValueError(
+                f"logits of discrete sites must have shapes {[tuple(x.shape) for x in own]}; got "
+                f"{[tuple(x.shape) for x in logits]}."
+            )
+        for site, value in zip(self.discrete_sites, logits, strict=True):
+            leaf = self.get_parameter(f"{site.param_name}_unconstrained")
+            leaf.copy_(value.detach().to(leaf))
+
     def _discrete_site(self, name: str) -> DiscreteSite:
         """A site by its name.
 
@@ -110,8 +139,15 @@ class DiscreteGuide(FlatGuide):
         logits = self._minibatch.take_batch(logits, batch_dim, site.plates, plates)
         return site.distribution(logits)
 
-    def _discrete_log_prob(self, values: Mapping[str, Tensor]) -> Tensor | float:
-        """Log probability of values ``(..., *shape)``, summed over all sites: ``(...)``."""
+    def log_prob_discrete(self, values: Mapping[str, Tensor]) -> Tensor | float:
+        """Log probability of the discrete sites that have factors.
+
+        Args:
+            values: For every such site a tensor ``(..., *shape)``.
+
+        Returns:
+            Shape ``(...)``, in nats; zero where there are none.
+        """
         total: Tensor | float = 0.0
         for site in self._discrete:
             index = site.index_of(values[site.name])
@@ -124,7 +160,15 @@ class DiscreteGuide(FlatGuide):
         return total
 
     @torch.no_grad()
-    def _sample_discrete(self, num_draws: int) -> dict[str, Tensor]:
+    def sample_discrete(self, num_draws: int) -> dict[str, Tensor]:
+        """Draw the discrete sites that have factors, subsampled plates at full size.
+
+        Args:
+            num_draws: Number of draws S, at least 1.
+
+        Returns:
+            For every such site a tensor ``(S, *shape)``.
+        """
         return {
             site.name: site.value_of(
                 torch.distributions.Categorical(logits=self.log_probs(site.name)).sample(

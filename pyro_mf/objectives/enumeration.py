@@ -58,11 +58,15 @@ class EnumeratedJoint:
         Raises:
             NonFiniteError: If it is not finite.
         """
-        parts = [_weighted(t, [probs[d] for d in t.dims if d in self.nodes])[0] for t in self.terms]
-        total = torch.stack([part.sum() for part in parts]).sum()
+        total = self.total(probs)
         if not bool(torch.isfinite(total)):
             self._refuse(float(total.detach()))
         return total
+
+    def total(self, probs: Mapping[str, Packed]) -> Tensor:
+        """:meth:`expectation`, whatever it is."""
+        parts = [_weighted(t, [probs[d] for d in t.dims if d in self.nodes])[0] for t in self.terms]
+        return torch.stack([part.sum() for part in parts]).sum()
 
     def _refuse(self, total: float) -> None:
         """Say why the log joint is not finite.

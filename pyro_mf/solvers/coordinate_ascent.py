@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,14 +13,19 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_mf import _pyro
-from pyro_mf._errors import GuideMismatchError, ModelError, NonFiniteError
+from pyro_mf._errors import (
+    GuideMismatchError,
+    ModelError,
+    NonFiniteError,
+    ScoreGradientWarning,
+)
 from pyro_mf._pyro import Packed
 from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.objectives.discrete import make_plan
 from pyro_mf.objectives.enumeration import EnumeratedJoint, enumerate_joint
 from pyro_mf.solvers.outcome import Outcome, Progress, Report, StopReason, silent
 
-_LEAST_LOG_PROB = -1e4  # of values that are impossible; their probability is zero in any precision
+LEAST_LOG_PROB = -1e4  # of values that are impossible; their probability is zero in any precision
 
 
 @torch.no_grad()
@@ -76,12 +82,7 @@ def solve_coordinates(
     log_probs: dict[str, Packed] = {}
     try:
         for sweep in range(1, max_sweeps + 1):
-            change = 0.0
-            for symbol in joint.nodes:
-                log_probs[symbol] = _update(joint, symbol, probs)
-                updated = Packed(log_probs[symbol].value.exp(), log_probs[symbol].dims)
-                change = max(change, float((updated.value - probs[symbol].value).abs().max()))
-                probs[symbol] = updated
+            change = update_all(joint, probs, log_probs)
             losses.append(-_elbo(joint, probs, log_probs))
             report(Progress("coordinate ascent", sweep, -losses[-1], 0.0))
             if change <= tolerance:
@@ -90,11 +91,7 @@ def solve_coordinates(
                 break
     except KeyboardInterrupt:
         reason, message = "interrupted", f"interrupted after {len(losses)} sweeps."
-    batch_dims = {site.name: len(site.shape) for site in guide.discrete_sites}
-    for symbol, new in log_probs.items():
-        node = joint.nodes[symbol]
-        name = node["name"]
-        guide.set_log_probs(name, _values_last(new, node, batch_dims[name]))
+    write_factors(guide, joint.nodes, log_probs)
     return Outcome(
         elbo=-losses[-1] if losses else math.nan,
         elbo_se=0.0,
@@ -103,6 +100,7 @@ def solve_coordinates(
         losses=tuple(losses),
         num_gradients=len(losses),
         seconds={"optimise": time.perf_counter() - begin},
+        refusal="there are no continuous latents",
     )
 
 
@@ -140,6 +138,79 @@ def _enumerate(
     return joint, joint.probs({name: trace.nodes[name]["fn"] for name in plan.enumerated})
 
 
+def why_not_summed(
+    model: Callable[..., Any], guide: DiscreteGuide, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why the values of a guide's discrete sites cannot be summed over; ``None`` if they can.
+
+    Args:
+        model: The model, with its full data.
+        guide: A guide with discrete factors, set up.
+        args: Positional arguments of both.
+        kwargs: Keyword arguments of both.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScoreGradientWarning)  # that is for who draws them
+        plan = make_plan(model, guide, args, kwargs, math.inf)
+    if plan.drawn:
+        name, why = next(iter(plan.drawn.items()))
+        return f"discrete site '{name}' cannot be summed over: {why}"
+    with torch.no_grad(), poutine.block():
+        drawn = poutine.trace(guide).get_trace(*args, **kwargs)
+        nodes = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(*args, **kwargs).nodes
+    scaled = [name for name in plan.enumerated if nodes[name]["scale"] != 1.0]
+    if scaled:
+        return f"the model subsamples or scales the plate around '{scaled[0]}'"
+    return None
+
+
+def update_all(
+    joint: EnumeratedJoint, probs: dict[str, Packed], log_probs: dict[str, Packed]
+) -> float:
+    """Set every factor in turn to its optimum given the others.
+
+    Args:
+        joint: The log joint by the values of all factors.
+        probs: The factors' probabilities, changed in place.
+        log_probs: Where their logarithms are put.
+
+    Returns:
+        The largest change of a probability.
+
+    Raises:
+        NonFiniteError: If all of a site's values are impossible.
+    """
+    change = 0.0
+    for symbol in joint.nodes:
+        log_probs[symbol] = _update(joint, symbol, probs)
+        updated = Packed(log_probs[symbol].value.exp(), log_probs[symbol].dims)
+        change = max(change, float((updated.value - probs[symbol].value).abs().max()))
+        probs[symbol] = updated
+    return change
+
+
+def entropy_of(probs: Mapping[str, Packed], log_probs: Mapping[str, Packed]) -> Tensor:
+    """Entropy of all factors, in nats."""
+    return torch.stack([-(probs[s].value * log_probs[s].value).sum() for s in log_probs]).sum()
+
+
+def write_factors(
+    guide: DiscreteGuide, nodes: Mapping[str, Any], log_probs: Mapping[str, Packed]
+) -> None:
+    """Write factors into a guide.
+
+    Args:
+        guide: The guide, set up.
+        nodes: The enumerated sites of the model's trace, by symbol.
+        log_probs: Log probabilities of their values, by symbol.
+    """
+    batch_dims = {site.name: len(site.shape) for site in guide.discrete_sites}
+    for symbol, new in log_probs.items():
+        node = nodes[symbol]
+        name = node["name"]
+        guide.set_log_probs(name, _values_last(new, node, batch_dims[name]))
+
+
 def _update(joint: EnumeratedJoint, symbol: str, probs: Mapping[str, Packed]) -> Packed:
     """Log probabilities of one site at its optimum given the others.
 
@@ -158,14 +229,13 @@ def _update(joint: EnumeratedJoint, symbol: str, probs: Mapping[str, Packed]) ->
             f"'{name}' out of family to have it summed out, or give impossible values a small "
             "probability."
         )
-    return Packed(log_probs.clamp_min(_LEAST_LOG_PROB), expected.dims)
+    return Packed(log_probs.clamp_min(LEAST_LOG_PROB), expected.dims)
 
 
 def _elbo(
     joint: EnumeratedJoint, probs: Mapping[str, Packed], log_probs: Mapping[str, Packed]
 ) -> float:
-    entropies = [-(probs[s].value * log_probs[s].value).sum() for s in joint.nodes]
-    return float(joint.expectation(probs) + torch.stack(entropies).sum())
+    return float(joint.expectation(probs) + entropy_of(probs, log_probs))
 
 
 def _values_last(log_probs: Packed, node: Any, batch_dim: int) -> Tensor:

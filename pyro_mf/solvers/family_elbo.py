@@ -104,6 +104,11 @@ class FamilyELBO:
         return value, gradient if is_finite else torch.zeros_like(x)
 
     @torch.no_grad()
+    def draws(self, x: Tensor) -> Tensor:
+        """The draws of the factors at a point, shape ``(S, D)``."""
+        return self._family.transform(self.params(x), self._noise)
+
+    @torch.no_grad()
     def pair_elbos(self, x: Tensor) -> Tensor:
         """ELBO over each antithetic pair of draws, shape ``(S / 2,)``."""
         params = self.params(x)
