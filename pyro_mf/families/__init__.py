@@ -48,6 +48,36 @@ FAMILIES: dict[str, type[Family]] = {
 }
 
 
+# What others call them, for the hint in an error.
+_OTHER_NAMES = {
+    "gauss": "normal",
+    "gaussian": "normal",
+    "diagonal": "normal",
+    "t": "student_t",
+    "cauchy": "student_t",
+    "skew_normal": "sinh_arcsinh",
+    "flow": "spline",
+    "mixture": "normal_mixture",
+    "multivariate_normal": "full_rank",
+    "mvn": "full_rank",
+}
+
+
+def nearest_name(name: str) -> str:
+    """The family's name that somebody who wrote this most likely meant.
+
+    Args:
+        name: What was written.
+
+    Example:
+        >>> nearest_name("Gaussian"), nearest_name("gama")
+        ('normal', 'gamma')
+    """
+    names = [*_OTHER_NAMES, *FAMILIES]
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
+    return _OTHER_NAMES.get(near, near)
+
+
 def get_family(family: str | Family) -> Family:
     """Find a family by name, or pass an object through.
 
@@ -65,10 +95,9 @@ def get_family(family: str | Family) -> Family:
     if isinstance(family, str):
         if family in FAMILIES:
             return FAMILIES[family]()
-        near = difflib.get_close_matches(family.lower(), FAMILIES, n=1, cutoff=0.0)
         raise ValueError(
             f"Unknown family {family!r}. The families are {', '.join(map(repr, FAMILIES))}; "
-            f"did you mean {near[0]!r}?"
+            f"did you mean {nearest_name(family)!r}?"
         )
     if isinstance(family, type) or not isinstance(family, Family):
         raise TypeError(
@@ -101,4 +130,5 @@ __all__ = [
     "StudentT",
     "VonMises",
     "get_family",
+    "nearest_name",
 ]

@@ -13,7 +13,7 @@ from torch.distributions import transforms
 
 from pyro_mf._errors import FamilyError
 from pyro_mf.density.sites import Layout, Site
-from pyro_mf.families import FAMILIES, Family, get_family
+from pyro_mf.families import FAMILIES, Family, get_family, nearest_name
 from pyro_mf.families.discrete import DISCRETE_FAMILIES, DiscreteFamily
 from pyro_mf.families.factorised_mixture import FactorisedMixture
 from pyro_mf.families.product import Part, Product
@@ -232,10 +232,9 @@ def _find(name: str) -> Family:
             f"family {name!r} is for discrete sites, which ask for it by name: "
             f"family={{'k': {name!r}}}."
         )
-    near = difflib.get_close_matches(name.lower(), _NAMES[:-1], n=1, cutoff=0.0)
     raise ValueError(
         f"Unknown family {name!r}. The families are {', '.join(map(repr, _NAMES))}; did you mean "
-        f"{near[0]!r}?"
+        f"{nearest_name(name)!r}?"
     )
 
 

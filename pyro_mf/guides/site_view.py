@@ -12,7 +12,7 @@ from pyro_mf.density.sites import Site
 from pyro_mf.guides.site_families import own_family
 
 if TYPE_CHECKING:
-    from pyro_mf.guides.flat_guide import FlatGuide
+    from pyro_mf.guides.flat_params import FlatParams
 
 
 class SiteView(Mapping[str, Tensor]):
@@ -24,11 +24,11 @@ class SiteView(Mapping[str, Tensor]):
 
     __slots__ = ("_guide", "_param", "_prefix")
 
-    _guide: FlatGuide
+    _guide: FlatParams
     _param: str
     _prefix: str
 
-    def __init__(self, guide: FlatGuide, param: str, prefix: str = "") -> None:
+    def __init__(self, guide: FlatParams, param: str, prefix: str = "") -> None:
         object.__setattr__(self, "_guide", guide)
         object.__setattr__(self, "_param", param)
         object.__setattr__(self, "_prefix", prefix)
