@@ -98,6 +98,12 @@ class Site:
         """Whether the unconstrained axis is the model's own."""
         return _base_constraint(self.support) is constraints.real
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether each element of a value depends on one coordinate alone."""
+        transform = biject_to(_base_constraint(self.support))
+        return bool(transform.domain.event_dim == 0 and transform.codomain.event_dim == 0)
+
     def log_abs_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
         """Log Jacobian of the transform, summed over the event: the site's batch shape."""
         log_det = self.transform.log_abs_det_jacobian(unconstrained, value)

@@ -92,6 +92,30 @@ class FamilyDistribution(Distribution):
             raise NotImplementedError(f"{self.family.name} factors have no entropy in closed form.")
         return self._by_batch(found.reshape(self._shape)).expand(self._batch_shape)
 
+    @property
+    def mean(self) -> Tensor:
+        """Not known.
+
+        Raises:
+            NotImplementedError: Always; what to ask instead.
+        """
+        raise NotImplementedError(
+            f"{self.family.name} factors have no mean in closed form. Average draws of rsample, or "
+            "ask icdf for the median."
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """Not known.
+
+        Raises:
+            NotImplementedError: Always; what to ask instead.
+        """
+        raise NotImplementedError(
+            f"{self.family.name} factors have no variance in closed form. Take that of draws of "
+            "rsample."
+        )
+
     def cdf(self, value: Tensor) -> Tensor:
         """Distribution functions of the elements, for elements that are numbers.
 

@@ -18,6 +18,7 @@ from pyro_mf.families.anchored_map import (
     relative_logs,
     select,
 )
+from pyro_mf.families.options import check_count, check_within
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width, likelier, quantile_curve
 
@@ -68,12 +69,8 @@ class Histogram(AnchoredMap[Bins]):
     bound: float = 2.5
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2:
-            raise ValueError(f"a histogram needs num_bins >= 2; got {self.num_bins}.")
-        if not 1.0 < self.bound <= 5.0:
-            raise ValueError(
-                f"bound must be above 1 and at most 5 standard deviations; got {self.bound}."
-            )
+        check_count("num_bins", self.num_bins, 2)
+        check_within("bound", self.bound, 1.0 + 1e-6, 5.0, " standard deviations")
 
     @property
     def name(self) -> str:

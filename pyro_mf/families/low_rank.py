@@ -17,6 +17,7 @@ from pyro_mf.families.full_rank import (
     draws_last,
     standardise_blocks,
 )
+from pyro_mf.families.options import check_count
 from pyro_mf.families.protocol import Params
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -55,8 +56,7 @@ class LowRank:
     over: Literal["slice", "site"] = "site"
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer; got {self.rank!r}.")
+        check_count("rank", self.rank, 1)
         check_over(self.over)
 
     @property

@@ -13,6 +13,7 @@ from pyro_mf.families.anchored_map import HALF_LOG_2PI, free_numbers, relative_l
 from pyro_mf.families.mixture_fit import fit_mixture
 from pyro_mf.families.mixture_quantile import mixture_quantile
 from pyro_mf.families.noise import NormalNoise
+from pyro_mf.families.options import check_count
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width, likelier
 
@@ -51,8 +52,7 @@ class NormalMixture(NormalNoise):
     num_components: int = 3
 
     def __post_init__(self) -> None:
-        if self.num_components < 1:
-            raise ValueError(f"a mixture needs num_components >= 1; got {self.num_components}.")
+        check_count("num_components", self.num_components, 1)
 
     @property
     def name(self) -> str:

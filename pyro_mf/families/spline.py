@@ -18,6 +18,7 @@ from pyro_mf.families.anchored_map import (
     relative_logs,
 )
 from pyro_mf.families.fisher_scoring import maximise_by_scores
+from pyro_mf.families.options import check_count, check_within
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.rational_quadratic import Knots, evaluate, invert
 from pyro_mf.families.weighted_draws import (
@@ -68,12 +69,8 @@ class Spline(AnchoredMap[Knots]):
     bound: float = 4.0
 
     def __post_init__(self) -> None:
-        if self.num_bins < 2:
-            raise ValueError(f"a spline needs num_bins >= 2; got {self.num_bins}.")
-        if not 1.0 < self.bound <= 8.0:
-            raise ValueError(
-                f"bound must be above 1 and at most 8 standard deviations; got {self.bound}."
-            )
+        check_count("num_bins", self.num_bins, 2)
+        check_within("bound", self.bound, 1.0 + 1e-6, 8.0, " standard deviations")
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_mf.families.options import check_within
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_likelihood import maximise_on_own_axis
 
@@ -65,8 +66,7 @@ class StudentT:
     min_df: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.min_df < _START_DF:
-            raise ValueError(f"min_df must be at least 1 and less than 10; got {self.min_df}.")
+        check_within("min_df", self.min_df, 1.0, _START_DF - 1e-6)
 
     @property
     def name(self) -> str:

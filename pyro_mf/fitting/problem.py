@@ -81,7 +81,7 @@ def read_problem(
         )
     _check_objective(objective)
     if guide is None:
-        guide = AutoMeanField(model, family or "normal")
+        guide = AutoMeanField(model, "normal" if family is None else family)
     elif isinstance(guide, type | Tensor | SVI) or not callable(guide):
         raise TypeError(
             "guide must be a guide for the model, such as AutoMeanField(model); got "

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 
 from pyro_mf._errors import ModelError
 from pyro_mf.families import Family, Normal
@@ -61,7 +60,7 @@ class Factors:
 
         For vectors of a block family, too, ``None``: they are drawn.
         """
-        if not _is_elementwise(site):
+        if not site.is_elementwise:
             return None
         # In double precision, in which the tail of a wide factor does not overflow.
         family, own = cut(self.family, self.params, site)
@@ -209,14 +208,6 @@ def _of_draws(draws: Tensor) -> Moments:
 def _mean_and_sd(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.tensordot(weights, values, 1)
     return mean, torch.tensordot(weights, (values - mean).square(), 1).sqrt()
-
-
-def _is_elementwise(site: Site) -> bool:
-    support: Any = site.support
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    transform = biject_to(support)
-    return bool(transform.domain.event_dim == 0 and transform.codomain.event_dim == 0)
 
 
 def _element_names(site: str, shape: torch.Size) -> list[str]:

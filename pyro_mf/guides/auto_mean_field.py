@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_mf._errors import GuideMismatchError
 from pyro_mf.density.sites import Plate, Site
 from pyro_mf.families import Family
+from pyro_mf.families.product import Product
 from pyro_mf.families.protocol import event_dim_of
 from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.factors import as_pyro, factor_of
@@ -27,6 +28,8 @@ from pyro_mf.guides.prototype import (
     read_call,
 )
 from pyro_mf.guides.site_families import FamilySpec, cut
+
+_QUANTILE_DRAWS = 10_000  # where elements have no quantiles of their own
 
 
 class AutoMeanField(DiscreteGuide):
@@ -124,6 +127,9 @@ class AutoMeanField(DiscreteGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
+        for site in self.layout.sites:
+            if any(plate.name in self._minibatch.followed for plate in site.plates):
+                _check_divisible(self.families[site.name], site)
         self._calls.add(call_key(args, kwargs))
 
     def _factor(self, site: Site, params: tuple[Tensor, ...], plates: Mapping[str, Any]) -> Any:
@@ -162,8 +168,16 @@ class AutoMeanField(DiscreteGuide):
     # -- densities, draws, summaries -------------------------------------------------------------
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
-        """The guide as one distribution over the flat unconstrained vector ``(D,)``."""
-        return as_pyro(self.family.distribution(self.flat_params())).to_event(1)
+        """The guide as one distribution over the flat unconstrained vector ``(D,)``.
+
+        torch's own class where there is one for all of it.
+        """
+        family, params = self.family, self.flat_params()
+        if isinstance(family, Product) and len(family.parts) == 1:  # a block of its own
+            part = family.parts[0]
+            if part.size == part.block_size:
+                return as_pyro(part.family.distribution(tuple(p[0] for p in params)))
+        return as_pyro(family.distribution(params)).to_event(1)
 
     def log_prob_unconstrained(self, z: Tensor) -> Tensor:
         """Log density of flat unconstrained vectors.
@@ -240,6 +254,7 @@ class AutoMeanField(DiscreteGuide):
         values = self.layout.constrain(self.sample_unconstrained(num_draws))
         return values | self.sample_discrete(num_draws)
 
+    @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Median of every latent site, plates at full size.
 
@@ -247,14 +262,18 @@ class AutoMeanField(DiscreteGuide):
         discrete sites that have factors the most probable value.
         Arguments are accepted, as in Pyro's autoguides, and not used.
         """
-        medians = {name: value.squeeze(0) for name, value in self.quantiles([0.5]).items()}
-        return medians | self._modes()
+        params = self.flat_params()
+        half = torch.tensor(0.5, dtype=torch.float64, device=params[0].device)
+        return self.layout.constrain(self.family.quantile(params, half)) | self._modes()
 
     @torch.no_grad()
     def quantiles(
         self, quantiles: Iterable[float] | Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Quantiles of every continuous latent site, plates at full size.
+
+        Exact where a site is mapped to its support element by element; of simplices, ordered
+        vectors and matrices by draws, always the same ones.
 
         Args:
             quantiles: Q probabilities between 0 and 1.
@@ -273,7 +292,15 @@ class AutoMeanField(DiscreteGuide):
         p = torch.as_tensor(listed, dtype=torch.float64, device=params[0].device).reshape(-1, 1)
         if not bool(((p > 0) & (p < 1)).all()):
             raise ValueError(f"quantiles must lie strictly between 0 and 1; got {listed}.")
-        return layout.constrain(self.family.quantile(params, p))
+        found = layout.constrain(self.family.quantile(params, p))
+        joint = [site.name for site in layout.sites if not site.is_elementwise]
+        if joint:  # an element of a value depends on several coordinates
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                values = self.sample_posterior(_QUANTILE_DRAWS)
+            at = p.reshape(-1)
+            found |= {name: torch.quantile(values[name], at.to(values[name]), 0) for name in joint}
+        return found
 
 
 @contextmanager

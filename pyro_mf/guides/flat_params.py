@@ -18,10 +18,10 @@ from pyro_mf._errors import FamilyError, GuideMismatchError, GuideNotSetUpError
 from pyro_mf.density.sites import Layout, Site
 from pyro_mf.families import Family
 from pyro_mf.guides.site_families import (
-    AUTO,
     FamilySpec,
     cut,
     known_before_setup,
+    open_sites,
     own_family,
     read_spec,
     resolve,
@@ -61,9 +61,14 @@ class FlatParams(AutoGuide):
         return {site.name: own_family(self.family, site) for site in self.layout.sites}
 
     @property
+    def open_sites(self) -> frozenset[str]:
+        """Sites whose family is left to a fit (``"auto"``)."""
+        return open_sites(self._family_spec, self.layout)
+
+    @property
     def is_auto(self) -> bool:
-        """Whether the choice of families is left to a fit."""
-        return self._family_spec == AUTO
+        """Whether the choice of some family is left to a fit."""
+        return bool(self.open_sites)
 
     def family_over(self, layout: Layout) -> Family:
         """The family over another layout of the same sites, such as a minibatch's.

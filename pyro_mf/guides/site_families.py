@@ -25,7 +25,8 @@ FamilySpec: TypeAlias = OneFamily | Mapping[str, OneFamily] | Callable[[Site], O
 
 AUTO = "auto"
 _NAMES = [*FAMILIES, *DISCRETE_FAMILIES, AUTO]
-_MAX_BLOCK_BYTES = 2**30  # of one parameter in double precision; training holds several such
+# Of one parameter in double precision. An optimiser that remembers thirty steps holds sixty such.
+_MAX_BLOCK_BYTES = 2**26
 
 
 def read_spec(spec: FamilySpec) -> FamilySpec:
@@ -38,15 +39,38 @@ def read_spec(spec: FamilySpec) -> FamilySpec:
     if isinstance(spec, str):
         return spec if spec == AUTO else _find(spec)
     if isinstance(spec, Mapping):
-        return {name: read_spec(value) for name, value in spec.items()}  # type: ignore[misc]
+        return {_site_name(name): _read_one(name, family) for name, family in spec.items()}
     if isinstance(spec, Family) and not isinstance(spec, type):
         return spec
-    if callable(spec) and not isinstance(spec, type):
+    if callable(spec) and not isinstance(spec, type | torch.distributions.Distribution):
         return spec
-    raise TypeError(
-        f"family must be a name ({', '.join(map(repr, _NAMES))}), an object with the "
-        "methods of pyro_mf.families.Family, a dict of them by site, or a function of the site; "
-        f"got {spec!r}."
+    raise TypeError(_described(spec))
+
+
+def _site_name(name: object) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"family={{...}} takes names of sites, strings, as keys; got {name!r}.")
+    return name
+
+
+def _read_one(site: str, family: object) -> OneFamily:
+    """The family of one site.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(family, str):
+        return family if family == AUTO else _find(family)
+    if isinstance(family, Family) and not isinstance(family, type):
+        return family
+    raise TypeError(f"site '{site}': {_described(family)}")
+
+
+def _described(given: object) -> str:
+    return (
+        f"family must be a name ({', '.join(map(repr, _NAMES))}), an object with the methods of "
+        "pyro_mf.families.Family, a dict of them by site, or a function of the site that returns "
+        f"one; got {given!r}."
     )
 
 
@@ -91,6 +115,20 @@ def resolve(spec: FamilySpec, layout: Layout) -> Family:
     )
 
 
+def open_sites(spec: FamilySpec, layout: Layout) -> frozenset[str]:
+    """Sites whose family is left to a fit: those for which ``"auto"`` was asked."""
+    return frozenset(site.name for site in layout.sites if _asked_for(spec, site) == AUTO)
+
+
+def _asked_for(spec: FamilySpec, site: Site) -> OneFamily:
+    """What was asked for at one site."""
+    if isinstance(spec, Mapping):
+        return spec.get(site.name, AUTO)
+    if isinstance(spec, str | Family) or not callable(spec):
+        return spec
+    return _read_one(site.name, spec(site))
+
+
 def family_of_site(spec: FamilySpec, site: Site) -> Family:
     """The family that was asked for at one site.
 
@@ -98,14 +136,10 @@ def family_of_site(spec: FamilySpec, site: Site) -> Family:
         ValueError: If a function gives an unknown name.
         TypeError: If it gives something else.
     """
-    chosen: object = spec
-    if isinstance(spec, Mapping):
-        chosen = spec.get(site.name, AUTO)
-    elif not isinstance(spec, str | Family) and callable(spec):
-        chosen = spec(site)
+    chosen = _asked_for(spec, site)
     if chosen == AUTO:
         return get_family("von_mises" if site.is_circular else "normal")
-    return _find(chosen) if isinstance(chosen, str) else get_family(chosen)  # type: ignore[arg-type]
+    return get_family(chosen)  # type: ignore[arg-type]
 
 
 def kind_of_support(site: Site) -> str:
@@ -242,7 +276,7 @@ def _check_names(spec: Mapping[str, OneFamily], layout: Layout) -> None:
     sites = [site.name for site in layout.sites]
     unknown = [name for name in spec if name not in sites]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], sites, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(unknown[0], sites, n=1, cutoff=0.4)
         raise FamilyError(
             f"family names site '{unknown[0]}', which is no latent site of the model. Its latent "
             f"sites are {sites}" + (f"; did you mean '{near[0]}'?" if near else ".")
@@ -262,17 +296,25 @@ def _check_fits(family: Family, site: Site) -> None:
             f"{_NATIVE.get(home, home)}; site '{site.name}' has support {site.support} "
             f"({kind_of_support(site)}). Families that fit there: {', '.join(fitting)}."
         )
-    if event_dim_of(family):
-        k = _block_size(family, site)
-        meta = torch.empty(site.size // k, k, device="meta", dtype=torch.float64)
-        size = max(p.numel() for p in family.init(meta, meta)) * 8
-        if size > _MAX_BLOCK_BYTES:
-            raise FamilyError(
-                f"family '{family.name}' at site '{site.name}' needs a parameter of "
-                f"{size / 2**30:.1f} GiB for blocks of {k} elements, more than the "
-                f"{_MAX_BLOCK_BYTES / 2**30:.0f} GiB that are allowed. Take smaller blocks "
-                "(over='slice'), a low-rank block, or 'normal'."
-            )
+    if not event_dim_of(family):
+        return
+    k = _block_size(family, site)
+    over = getattr(family, "over", None)
+    if k == 1 and over == "slice" and site.size > 1:
+        raise FamilyError(
+            f"family '{family.name}' over slices of site '{site.name}' would have blocks of one "
+            "element. Take over='site' for one block of all, or 'normal'."
+        )
+    meta = torch.empty(site.size // k, k, device="meta", dtype=torch.float64)
+    size = max(p.numel() for p in family.init(meta, meta)) * 8
+    if size > _MAX_BLOCK_BYTES:
+        smaller = "smaller blocks (over='slice'), " if over == "site" and site.plates else ""
+        raise FamilyError(
+            f"family '{family.name}' at site '{site.name}' needs a parameter of "
+            f"{size / 2**20:.0f} MiB for blocks of {k} elements, more than the "
+            f"{_MAX_BLOCK_BYTES / 2**20:.0f} MiB of which an optimiser can hold sixty. Take "
+            f"{smaller}'low_rank', or 'normal'."
+        )
 
 
 def _block_size(family: Family, site: Site) -> int:

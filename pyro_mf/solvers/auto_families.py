@@ -41,7 +41,8 @@ def solve_auto(
     Returns:
         The outcome, with a note on what was chosen.
     """
-    options |= {"seed": seed, "report": report, "max_gradients": max_gradients}
+    options |= {"seed": seed, "report": report}
+    layout, fixed, chosen_here = guide.layout, guide.families, guide.open_sites
     start = fit_normal(
         log_joint,
         guide,
@@ -52,24 +53,40 @@ def solve_auto(
     )
     if start.outcome is not None and not start.outcome.converged:
         return start.outcome
-    trial = get_family(_TRIAL)
-    guide.adopt({s.name: "auto" if s.is_circular else trial for s in guide.layout.sites})
-    first = solve_pathwise(log_joint, guide, start=start, **options)
+    before = 0 if start.outcome is None else start.outcome.num_gradients
+    trial = {
+        site.name: get_family(_TRIAL)
+        if site.name in chosen_here and not site.is_circular
+        else fixed[site.name]
+        for site in layout.sites
+    }
+    guide.adopt(trial)
+    first = solve_pathwise(log_joint, guide, start=start, max_gradients=max_gradients, **options)
     if first.stop_reason == "interrupted":
         return first
     params = tuple(p.detach().double().cpu() for p in guide.flat_params())
-    families = choose_by_optimum(guide.layout, guide.family, params)
-    note = describe_choice(families)
-    guide.adopt(families)
-    if all(isinstance(family, Normal) for family in families.values()):
-        found = solve_deterministic(log_joint, guide, **options)
-    elif all(not isinstance(family, Normal) for family in families.values()):
-        guide.set_flat_params(tuple(p.to(guide.flat_leaves()[0]) for p in params))
+    families = trial | choose_by_optimum(layout, guide.family, params, chosen_here)
+    note = describe_choice({site: families[site] for site in trial if site in chosen_here})
+    left = max(1, max_gradients - first.num_gradients)
+    if families == trial:
         return replace(first, notes=(*first.notes, note))
+    guide.adopt(families)
+    if isinstance(guide.family, Normal):
+        found = solve_deterministic(log_joint, guide, max_gradients=left, **options)
+        own, losses = found.num_gradients, found.losses
     else:
-        found = solve_pathwise(log_joint, guide, start=start, **options)
+        found = solve_pathwise(
+            log_joint, guide, start=start, max_gradients=before + left, **options
+        )
+        own = found.num_gradients - before
+        losses = found.losses[0 if start.outcome is None else len(start.outcome.losses) :]
+    seconds = dict(first.seconds)
+    for phase, more in found.seconds.items():
+        seconds[phase] = seconds.get(phase, 0.0) + more
     return replace(
         found,
-        num_gradients=first.num_gradients + found.num_gradients,
+        losses=(*first.losses, *losses),
+        num_gradients=first.num_gradients + own,
+        seconds=seconds,
         notes=(*found.notes, note),
     )

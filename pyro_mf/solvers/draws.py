@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 _EDGE = 1e-12
+_MANY = 8
 
 
 def fixed_draws(num_draws: int, size: int, *, seed: int = 0) -> Tensor:
@@ -66,8 +67,9 @@ def stratified_draws(num_draws: int, size: int, *, seed: int = 0) -> Tensor:
         seed: Seed of the scrambling; the global generator is not touched.
 
     Returns:
-        Draws in double precision, shape ``(S, D)``, with unit second moments; row ``S / 2 + i`` is
-        the negative of row ``i``.
+        Draws in double precision, shape ``(S, D)``, with unit second moments and, where they are
+        eight times as many as dimensions, without correlations; row ``S / 2 + i`` is the negative
+        of row ``i``.
 
     Raises:
         ValueError: If ``num_draws`` is odd or less than 2.
@@ -82,6 +84,10 @@ def stratified_draws(num_draws: int, size: int, *, seed: int = 0) -> Tensor:
         raise ValueError(f"num_draws must be even and at least 2; got {num_draws}.")
     net = SobolEngine(size, scramble=True, seed=seed).draw(num_draws // 2, dtype=torch.float64)
     draws = torch.special.ndtri(net.clamp(_EDGE, 1.0 - _EDGE))
+    if num_draws >= _MANY * size:  # enough that decorrelating them hardly moves any
+        second = draws.T @ draws / len(draws)
+        values, vectors = torch.linalg.eigh(second)
+        draws = draws @ (vectors * values.rsqrt()) @ vectors.T
     draws = draws / draws.square().mean(0).sqrt()
     return torch.cat([draws, -draws])
 

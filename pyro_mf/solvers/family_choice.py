@@ -8,13 +8,13 @@ flexible factors tells by how many nats it differs from a Normal.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from pyro_mf.density.sites import Layout, Site
-from pyro_mf.families import FAMILIES, Family, Normal, get_family
+from pyro_mf.families import Family, Normal, get_family
 from pyro_mf.families.protocol import Params, event_dim_of, home_of
 from pyro_mf.guides.site_families import cut, kind_of_support
 from pyro_mf.solvers.posterior_draws import PosteriorDraws
@@ -25,43 +25,51 @@ _NATIVE = ("gamma", "inverse_gamma", "beta", "von_mises")
 # Nats per element by which a family must be better than a simpler one (an sd that is 3 % off costs
 # as much), and standard errors.
 _LEAST_GAIN, _Z = 0.001, 3.0
-# Nats of an element from which on its skew and tails are taken for more than noise.
+# Nats of an element up to which a simpler factor is as good as the flexible one.
 _LEAST_DIVERGENCE = 0.005
 _NODES = 400
 
 
-def choose_by_draws(layout: Layout, draws: PosteriorDraws, first: Tensor) -> dict[str, Family]:
+def choose_by_draws(
+    layout: Layout, draws: PosteriorDraws, first: Tensor, sites: Collection[str]
+) -> dict[str, Family]:
     """Choose by the log likelihood of held-out draws.
 
     Args:
         layout: The latent sites.
         draws: Draws of the posterior.
         first: Which of them make up the first half, shape ``(S,)``.
+        sites: Names of the sites to choose for.
 
     Returns:
         A family per site: the simplest to which no other is preferred in any of its elements.
     """
-    return {site.name: _best_for(site, draws, first) for site in layout.sites}
+    chosen = [site for site in layout.sites if site.name in sites]
+    return {site.name: _best_for(site, draws, first) for site in chosen}
 
 
-def choose_by_optimum(layout: Layout, family: Family, params: Params) -> dict[str, Family]:
-    """Choose by how far optimal flexible factors are from Normal ones.
+def choose_by_optimum(
+    layout: Layout, family: Family, params: Params, sites: Collection[str]
+) -> dict[str, Family]:
+    """Choose by how near simpler factors are to optimal flexible ones.
 
     Args:
         layout: The latent sites.
-        family: The flexible family that was fitted, over the flat vector.
-        params: Its parameters at the optimum of the reverse KL.
+        family: The flexible families that were fitted, over the flat vector.
+        params: Their parameters at the optimum of the reverse KL.
+        sites: Names of the sites to choose for.
 
     Returns:
-        A family per site: Normal where no element is further from it than a few hundredths of a
-        nat.
+        A family per site: the simplest that is within a few thousandths of a nat of the flexible
+        one in every element, else that one.
     """
     chosen = {}
     for site in layout.sites:
-        own, own_params = cut(family, params, site)
-        far = _divergence_from_normal(own, own_params, site)
-        is_normal = not site.is_circular and bool((far < _LEAST_DIVERGENCE).all())
-        chosen[site.name] = Normal() if is_normal else own
+        if site.name in sites:
+            own, own_params = cut(family, params, site)
+            simpler = [f for f in _candidates(site) if f.name not in _FLEXIBLE]
+            near = (f for f in simpler if _is_near(f, own, own_params, site))
+            chosen[site.name] = own if site.is_circular else next(near, own)
     return chosen
 
 
@@ -71,18 +79,18 @@ def describe_choice(families: Mapping[str, Family]) -> str:
     for site, family in families.items():
         by_name.setdefault(family.name, []).append(site)
     if len(by_name) == 1:
-        return f"family='auto' chose {next(iter(by_name))} factors for every site"
+        return f"'auto' chose {next(iter(by_name))} factors for every site that was left to it"
     chosen = "; ".join(f"{name} for {', '.join(sites)}" for name, sites in by_name.items())
-    return f"family='auto' chose {chosen}"
+    return f"'auto' chose {chosen}"
 
 
 def _candidates(site: Site) -> list[Family]:
     kind = kind_of_support(site)
-    native = [get_family(name) for name in _NATIVE if name in FAMILIES]
+    native = [get_family(name) for name in _NATIVE]
     at_home = [family for family in native if home_of(family) == kind and not event_dim_of(family)]
     if kind == "circular":
         return at_home
-    return [Normal(), *at_home, *(get_family(name) for name in _FLEXIBLE if name in FAMILIES)]
+    return [Normal(), *at_home, *(get_family(name) for name in _FLEXIBLE)]
 
 
 def _best_for(site: Site, draws: PosteriorDraws, first: Tensor) -> Family:
@@ -118,10 +126,11 @@ def _is_better(gain: Tensor, draws: PosteriorDraws, first: Tensor) -> bool:
     return bool(((mean > _LEAST_GAIN) & (mean > allowed * error)).any())
 
 
-def _divergence_from_normal(family: Family, params: Params, site: Site) -> Tensor:
-    """KL of factors from the Normal of the same mean and sd, by quadrature over quantiles."""
+def _is_near(simple: Family, family: Family, params: Params, site: Site) -> bool:
+    """Whether the best simple factors are near in KL, by quadrature over quantiles."""
     p = (torch.arange(_NODES, dtype=torch.float64) + 0.5) / _NODES
     u = family.quantile(params, p.reshape(-1, *[1] * len(site.unconstrained_shape)).to(params[0]))
-    mean, sd = u.mean(0), u.std(0)
-    normal = Normal().log_prob((mean, sd), u)
-    return (family.log_prob(params, u) - normal).mean(0)
+    log_prob, u = family.log_prob(params, u).reshape(_NODES, -1), u.reshape(_NODES, -1)
+    fitted = simple.fit_weighted(u, torch.zeros(_NODES, dtype=u.dtype))
+    far = (log_prob - simple.log_prob(fitted, u)).mean(0)
+    return bool((far < _LEAST_DIVERGENCE).all())

@@ -21,6 +21,7 @@ from pyro_mf.families import Family
 from pyro_mf.families.product import Product
 from pyro_mf.families.protocol import Params
 from pyro_mf.guides.protocol import FactorisedGuide
+from pyro_mf.objectives.non_finite import LinAlgError
 from pyro_mf.solvers.draws import stratified_draws
 from pyro_mf.solvers.meter import Meter
 from pyro_mf.solvers.units import score_information
@@ -83,7 +84,7 @@ class FamilyELBO:
             try:
                 z = self._family.transform(params, self._noise)
                 entropy = self._entropy(params, z).mean()
-            except torch.linalg.LinAlgError:  # parameters too far out for their covariance
+            except LinAlgError:  # parameters too far out for their covariance
                 self._meter.count(self.num_draws, x, math.inf)
                 return math.inf, torch.zeros_like(x)
             values, gradients = self.blocks.value_and_grad(z.detach())
@@ -110,10 +111,14 @@ class FamilyELBO:
 
     @torch.no_grad()
     def pair_elbos(self, x: Tensor) -> Tensor:
-        """ELBO over each antithetic pair of draws, shape ``(S / 2,)``."""
+        """ELBO over each antithetic pair of draws, shape ``(S / 2,)``.
+
+        By -log q at the draws and not by the entropy: the nearer q is to the posterior, the less do
+        they vary, and where it is the posterior they are all the log evidence.
+        """
         params = self.params(x)
         z = self._family.transform(params, self._noise)
-        values = self.blocks.values(z) + self._entropy(params, z)
+        values = self.blocks.values(z) - self._family.log_prob(params, z).sum(-1)
         return torch.stack(values.chunk(2)).mean(0)
 
     @torch.no_grad()

@@ -258,8 +258,8 @@ def _fit(
     began = time.perf_counter()
     chosen: tuple[str, ...] = ()
     if isinstance(guide, FlatGuide) and guide.is_auto:
-        families = choose_by_draws(guide.layout, draws, _first_half(draws))
-        guide.adopt(families)
+        families = choose_by_draws(guide.layout, draws, _first_half(draws), guide.open_sites)
+        guide.adopt(guide.families | families)
         chosen = (describe_choice(families),)
     fitted = guide.family.fit_weighted(draws.z, draws.log_weights)
     guide.set_flat_params(tuple(p.to(guide.flat_leaves()[0]) for p in fitted))

@@ -17,6 +17,7 @@ from pyro_mf.families.protocol import Params
 from pyro_mf.guides.protocol import FactorisedGuide
 from pyro_mf.solvers.family_elbo import FamilyELBO
 from pyro_mf.solvers.fixed_draw_elbo import estimate_from
+from pyro_mf.solvers.heavy_tails import describe_infinite
 from pyro_mf.solvers.meter import BudgetSpentError, Meter
 from pyro_mf.solvers.minimise import lbfgs
 from pyro_mf.solvers.normal_start import NormalStart, fit_normal
@@ -89,7 +90,12 @@ def solve_pathwise(
     meter = Meter(max(1, max_gradients - spent), report)
     meter.losses = [] if start.outcome is None else list(start.outcome.losses)
     run = _Run(Blocks(log_joint, evaluate), guide, seed, tolerance, meter, make_elbo)
+    if start.outcome is None:
+        run.start = "start"
     reason, message = run.solve(first)
+    infinite = describe_infinite(run.blocks, guide)
+    if infinite:
+        reason, message = "diverged", infinite
     return Outcome(
         elbo=run.elbo,
         elbo_se=run.elbo_se,
@@ -118,6 +124,7 @@ class _Run:
         self.x = torch.empty(0)
         self.elbo, self.elbo_se = math.nan, math.nan
         self.notes: list[str] = []
+        self.start = "members of the family nearest to the optimal Normal factors"
         num_fresh = _FRESH_COSTLY_DRAWS if blocks.is_costly else _FRESH_DRAWS
         self.make_elbo = make_elbo
         self.fresh = make_elbo(blocks, guide, num_fresh, seed=seed + 1_000_003, meter=meter)
@@ -226,12 +233,11 @@ class _Run:
         """Say by how much the ELBO is above that of the start."""
         if torch.equal(self.x, first):
             self.notes.append(
-                "no optimum over fixed draws had a higher ELBO at fresh ones than the members of "
-                "the family nearest to the optimal Normal factors, which were kept"
+                "no optimum over fixed draws had a higher ELBO at fresh ones than the "
+                f"{self.start}, which stayed"
             )
             return
         gain = estimate_from(self.fresh.pair_elbos(self.x) - self.fresh.pair_elbos(first))
         self.notes.append(
-            f"the ELBO is {gain.elbo:.3f} +- {gain.se:.3f} nats above that of the members of the "
-            "family nearest to the optimal Normal factors"
+            f"the ELBO is {gain.elbo:.3f} +- {gain.se:.3f} nats above that of the {self.start}"
         )

@@ -305,7 +305,7 @@ def test_graphs_hold_draws_densities_and_gradients(family, trace):
     [
         (lambda: FullRank(over="plate"), "over must be 'slice'.*'site'.*got 'plate'"),
         (lambda: LowRank(over="all"), "got 'all'"),
-        (lambda: LowRank(rank=0), "rank must be a positive integer; got 0"),
+        (lambda: LowRank(rank=0), "rank must be an integer of at least 1; got 0"),
         (lambda: LowRank(rank=True), "got True"),
         (lambda: LowRank(rank=1.5), "got 1.5"),
     ],
