@@ -11,7 +11,7 @@ import difflib
 
 from pyro_mf.families.beta import Beta
 from pyro_mf.families.dirichlet import Dirichlet
-from pyro_mf.families.discrete import Bernoulli, Categorical
+from pyro_mf.families.discrete import DISCRETE_FAMILIES, Bernoulli, Categorical
 from pyro_mf.families.full_rank import FullRank
 from pyro_mf.families.gamma import Gamma
 from pyro_mf.families.histogram import Histogram
@@ -73,7 +73,7 @@ def nearest_name(name: str) -> str:
         >>> nearest_name("Gaussian"), nearest_name("gama")
         ('normal', 'gamma')
     """
-    names = [*_OTHER_NAMES, *FAMILIES]
+    names = [*_OTHER_NAMES, *FAMILIES, *DISCRETE_FAMILIES]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     return _OTHER_NAMES.get(near, near)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import pyro.distributions as dist
 import torch
@@ -14,12 +14,15 @@ from torch.distributions import constraints
 from pyro_mf._errors import FamilyError
 from pyro_mf.density.checks import is_discrete
 from pyro_mf.density.prototype import plates_of
-from pyro_mf.density.sites import Plate
+from pyro_mf.density.sites import Plate, Site
+from pyro_mf.families import Family
 from pyro_mf.families.discrete import DISCRETE_FAMILIES, DiscreteFamily
 from pyro_mf.guides.site_families import AUTO, FamilySpec, read_spec
 
 Kind: TypeAlias = Literal["boolean", "integer", "one_hot"]
-DiscreteSpec: TypeAlias = DiscreteFamily | dict[str, DiscreteFamily]
+DiscreteSpec: TypeAlias = (
+    DiscreteFamily | dict[str, DiscreteFamily] | Callable[[Site], str | Family | DiscreteFamily]
+)
 """A family for all discrete sites, or one per site; sites without are summed out."""
 
 _CHOICES = ", ".join(map(repr, DISCRETE_FAMILIES))
@@ -97,7 +100,10 @@ def split_spec(spec: FamilySpec) -> tuple[FamilySpec, DiscreteSpec]:
     if _is_discrete(spec):
         return AUTO, _look_up(spec)
     if not isinstance(spec, Mapping):
-        return read_spec(spec), {}
+        known = read_spec(spec)
+        is_function = callable(known) and not isinstance(known, Family)
+        # A function is asked about sites of both kinds.
+        return known, cast(DiscreteSpec, known) if is_function else {}
     discrete = {name: _look_up(family) for name, family in spec.items() if _is_discrete(family)}
     return read_spec({n: f for n, f in spec.items() if n not in discrete}), discrete
 
@@ -137,6 +143,9 @@ def read_discrete(
     Raises:
         FamilyError: If a site is unknown or continuous, or its family does not fit it.
     """
+    if callable(spec):
+        asked = {name: spec(_as_site(node)) for name, node in nodes.items()}
+        spec = {name: _look_up(family) for name, family in asked.items() if _is_discrete(family)}
     if isinstance(spec, dict):
         for name, family in spec.items():
             _check_is_discrete(name, family, continuous, nodes)
@@ -162,7 +171,7 @@ def check_enumerable(spec: DiscreteSpec, nodes: Mapping[str, Any]) -> None:
     """
     for name, node in nodes.items():
         fn = node["fn"]
-        family = spec.get(name) if isinstance(spec, dict) else spec
+        family = None if callable(spec) else spec.get(name) if isinstance(spec, dict) else spec
         if family is None or not is_discrete(fn) or fn.has_enumerate_support:
             continue
         cure = (
@@ -174,6 +183,12 @@ def check_enumerable(spec: DiscreteSpec, nodes: Mapping[str, Any]) -> None:
             f"site '{name}' ({type(fn).__name__}) has no factor of family '{family.name}': its "
             f"values cannot be listed. {cure} Families of discrete sites: {_CHOICES}."
         )
+
+
+def _as_site(node: Any) -> Site:
+    """A discrete site as functions of the site are shown one."""
+    fn, shape = node["fn"], node["value"].shape
+    return Site(node["name"], fn.support, shape, shape, fn.event_dim, (), 0)
 
 
 def _is_discrete(spec: object) -> bool:

@@ -23,6 +23,7 @@ from pyro_mf.guides.site_families import (
     FamilySpec,
     known_before_setup,
     resolve,
+    settle,
 )
 
 _Self = TypeVar("_Self", bound="FlatGuide")
@@ -123,7 +124,9 @@ class FlatGuide(FlatParams):
         if self.master is not None and self.master().prototype_trace is not None:
             self.master()._check_prototype(start.trace)
         self._discrete = start.discrete
+        self._discrete_spec = {site.name: site.family for site in start.discrete}
         self._family_spec = without_discrete(self._family_spec, start.summed_out)
+        self._family_spec = settle(self._family_spec, start.layout)
         self._family = resolve(self._family_spec, start.layout)
         self._create_params(start)
         self._layout = start.layout

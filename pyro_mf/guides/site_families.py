@@ -115,6 +115,18 @@ def resolve(spec: FamilySpec, layout: Layout) -> Family:
     )
 
 
+def settle(spec: FamilySpec, layout: Layout) -> FamilySpec:
+    """What a function of the site said of each, so that it is asked once and need not be kept.
+
+    Args:
+        spec: What was asked for.
+        layout: The latent sites.
+    """
+    if isinstance(spec, str | Mapping | Family) or not callable(spec):
+        return spec
+    return {site.name: _asked_for(spec, site) for site in layout.sites}
+
+
 def open_sites(spec: FamilySpec, layout: Layout) -> frozenset[str]:
     """Sites whose family is left to a fit: those for which ``"auto"`` was asked."""
     return frozenset(site.name for site in layout.sites if _asked_for(spec, site) == AUTO)

@@ -43,6 +43,7 @@ class LabelledJoint:
         self.nodes = joint.nodes
         self._places = [(term.dims, term.plates) for term in joint.terms]
         backend = self._program.backend
+        self._graphs: dict[Any, PureFunction] = {}
         self._terms = GraphFunction(lambda x: self._captured(self._all_terms, x), backend)
         self._expected = GraphFunction(lambda x: self._captured(self._gradients, x), backend)
 
@@ -118,38 +119,49 @@ class LabelledJoint:
         return EnumeratedJoint(terms, nodes), log_det
 
     def _all_terms(self, z: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-        inputs = self._program.unflatten(flat)
+        def terms(row: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
+            joint, _ = self._at(row, self._program.unflatten(flat))
+            return tuple(term.value for term in joint.terms)
 
-        def one(row: Tensor) -> tuple[Tensor, ...]:
-            return tuple(term.value for term in self._at(row, inputs)[0].terms)
-
-        return self._each(one, z)  # type: ignore[no-any-return]
+        return self._rows("terms", terms, z, *flat)
 
     def _gradients(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         count = len(self.nodes)
-        weights = map(Packed, tensors[:count], self._dims)
-        probs = dict(zip(self.nodes, weights, strict=True))
+
+        def expected(row: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            joint, log_det = self._at(row, self._program.unflatten(tensors[count:]))
+            weights = map(Packed, tensors[:count], self._dims)
+            return (log_det + joint.total(dict(zip(self.nodes, weights, strict=True))),)
 
         def batch(z: Tensor, inputs: Inputs) -> Tensor:
-            def one(row: Tensor) -> Tensor:
-                joint, log_det = self._at(row, inputs)
-                return log_det + joint.total(probs)
-
-            return self._each(one, z)  # type: ignore[no-any-return]
+            return self._rows("expected", expected, z, *tensors[:count], *inputs.flat())[0]
 
         return value_and_gradients(batch, z, self._program.unflatten(tensors[count:]))[:2]
 
     def _captured(self, fn: PureFunction, tensors: tuple[Tensor, ...]) -> PureFunction:
-        return fn if self._log_joint.mode == "eager" else capture_graph(fn, tensors)
+        if self._log_joint.mode == "eager":
+            return fn
+        if self._log_joint.mode == "graph":
+            fn(tensors[0][:1], *tensors[1:])  # makes the graph of one draw, not while recording
+        return capture_graph(fn, tensors)
+
+    def _rows(self, name: str, one: PureFunction, z: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        """A function of one draw and of what draws share, at each of many."""
+        if self._log_joint.mode == "graph":  # enumeration cannot be vmapped, its graph can
+            key = (name, tuple(x.shape for x in shared))
+            if key not in self._graphs:
+                self._graphs[key] = capture_graph(one, (z[0].detach(), *shared))
+            one = self._graphs[key]
+        if self._log_joint.mode != "eager":
+            return torch.func.vmap(lambda row: tuple(one(row, *shared)))(z)
+        found = [one(row, *shared) for row in z]
+        return tuple(map(torch.stack, zip(*found, strict=True)))
 
     def _each(self, one: Callable[..., Any], *rows: Tensor) -> Any:
         """A function of one draw at each of many."""
         if self._log_joint.mode == "vmap":
             return torch.func.vmap(one)(*rows)
-        found = [one(*row) for row in zip(*rows, strict=True)]
-        if isinstance(found[0], Tensor):
-            return torch.stack(found)
-        return tuple(map(torch.stack, zip(*found, strict=True)))
+        return torch.stack([one(*row) for row in zip(*rows, strict=True)])
 
     def _inputs(self) -> Inputs:
         return self._program.inputs(self._log_joint.model_args, self._log_joint.model_kwargs)

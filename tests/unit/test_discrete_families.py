@@ -337,3 +337,18 @@ def test_parameters_do_not_take_taken_names():
 
     with pytest.raises(FamilyError, match="'a__b_logits', which is taken"):
         AutoMeanField(model, "bernoulli").setup()
+
+
+def test_a_function_of_the_site_is_asked_about_discrete_sites_too():
+    def model():
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        pyro.sample("k", dist.Bernoulli(p))
+        pyro.sample("other", dist.Bernoulli(p))
+
+    asked = {"k": "bernoulli", "p": "beta", "other": "auto"}
+    guide = AutoMeanField(model, family=lambda site: asked[site.name]).setup()
+    assert guide.probs("k").shape == (2,)
+    with pytest.raises(KeyError):
+        guide.probs("other")  # summed out
+    assert guide.families["p"].name == "beta"
+    assert pickle.loads(pickle.dumps(guide)).families == guide.families
