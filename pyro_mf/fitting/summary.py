@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 _DRAWS = 4000
-_MAX_DRAWS = 20_000  # of the posterior that are mapped to the model's space
+# Draws of the posterior that are mapped to the model's space: as many as make so many numbers, and
+# these at least.
+_MAX_NUMBERS, _LEAST_DRAWS = 10_000_000, 20_000
 _NODES = 128  # of a Gauss-Hermite rule: exact to rounding for exp(u) with sds up to about 5
 _GRID = 4001  # quantiles that stand for a factor of another family
 _PROBABILITIES = (0.05, 0.5, 0.95)
@@ -157,9 +159,10 @@ def _of_posterior(
 ) -> dict[str, Moments]:
     """Moments of the posterior as its weighted draws know them."""
     z, weights = draws.z, draws.weights
-    if len(z) > _MAX_DRAWS:
-        z = draws.sample(_MAX_DRAWS, seed=result.seed)
-        weights = torch.full((_MAX_DRAWS,), 1.0 / _MAX_DRAWS, dtype=z.dtype)
+    most = max(_LEAST_DRAWS, _MAX_NUMBERS // z.shape[1])
+    if len(z) > most:
+        z = draws.sample(most, seed=result.seed)
+        weights = torch.full((most,), 1.0 / most, dtype=z.dtype)
     like = result.log_joint
     z = z.to(dtype=like.dtype, device=like.device)
     values = result.layout.constrain(z)

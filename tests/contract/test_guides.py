@@ -90,14 +90,17 @@ def test_full_size_draws_and_summaries_lie_in_the_support(make, case):
         assert draws[site.name].shape == (7, *site.shape)
         assert guide.median()[site.name].shape == site.shape
         assert quantiles[site.name].shape == (3, *site.shape)
-        for value in (draws, quantiles, guide.median(*args)):
+        for value in (draws, guide.median(*args)):
             assert site.support.check(value[site.name]).all()
             assert not value[site.name].requires_grad
-        if site.event_dim == 0:
-            assert (quantiles[site.name].diff(dim=0) > 0).all()
-    torch.testing.assert_close(
-        {k: v[1] for k, v in quantiles.items()}, guide.median(), rtol=0, atol=0
-    )
+        # Of a simplex and the like they are those of the elements, which need not sum to one.
+        varies = draws[site.name].std(0) > 1e-9
+        assert (quantiles[site.name].diff(dim=0) > 0)[:, varies].all()
+        assert not quantiles[site.name].requires_grad
+        if site.is_elementwise:
+            assert site.support.check(quantiles[site.name]).all()
+            middle = guide.median()[site.name]
+            torch.testing.assert_close(quantiles[site.name][1], middle, rtol=0, atol=0)
 
 
 @every_model

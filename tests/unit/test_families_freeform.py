@@ -407,11 +407,16 @@ def test_fit_survives_bad_draws(family, dtype):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Spline(num_bins=1), "num_bins >= 2; got 1"),
-        (lambda: Spline(bound=0.5), "bound must be above 1 .* got 0.5"),
-        (lambda: Histogram(num_bins=0), "num_bins >= 2; got 0"),
-        (lambda: Histogram(bound=9.0), "at most 5 .* got 9.0"),
-        (lambda: NormalMixture(num_components=0), "num_components >= 1; got 0"),
+        (lambda: Spline(num_bins=1), "num_bins must be an integer of at least 2; got 1"),
+        (lambda: Spline(bound=0.5), "bound must be between 1 and 8 standard deviations; got 0.5"),
+        (lambda: Histogram(num_bins=0), "num_bins must be an integer of at least 2; got 0"),
+        (lambda: Spline(num_bins=2.5), "got 2.5"),
+        (lambda: NormalMixture(num_components="2"), "got '2'"),
+        (lambda: Histogram(bound=9.0), "between 1 and 5 .* got 9.0"),
+        (
+            lambda: NormalMixture(num_components=0),
+            "num_components must be an integer of at least 1; got 0",
+        ),
     ],
 )
 def test_options_that_make_no_family_are_refused(make, match):

@@ -505,7 +505,7 @@ def test_student_t_nears_the_normal():
 
 @pytest.mark.parametrize("min_df", [0.5, 10.0, math.nan])
 def test_student_t_refuses_a_bound_that_its_start_does_not_keep(min_df):
-    with pytest.raises(ValueError, match="min_df must be at least 1 and less than 10"):
+    with pytest.raises(ValueError, match="min_df must be between 1 and 10; got"):
         StudentT(min_df=min_df)
 
 
