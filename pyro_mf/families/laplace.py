@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution
 
-from pyro_mf.families.noise import NormalNoise
+from pyro_mf.families.location_scale import LocationScale
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_draws import centre_and_width
 from pyro_mf.families.weighted_likelihood import LEAST_SCALE
@@ -19,7 +18,7 @@ _LOG_2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
-class Laplace(NormalNoise):
+class Laplace(LocationScale):
     r"""Laplace factors, with density :math:`e^{-|u - \mu|/s} / (2 s)`.
 
     The transform is monotone in its standard normal noise.
@@ -35,16 +34,6 @@ class Laplace(NormalNoise):
     def name(self) -> str:
         """``"laplace"``."""
         return "laplace"
-
-    @property
-    def param_names(self) -> tuple[str, ...]:
-        """``("loc", "scale")``."""
-        return ("loc", "scale")
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """Real and positive."""
-        return (constraints.real, constraints.positive)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member with mean ``loc`` and standard deviation ``scale``."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution
 from torch.nn.functional import logsigmoid
 
 from pyro_mf.families.distribution import FamilyDistribution
-from pyro_mf.families.noise import NormalNoise
+from pyro_mf.families.location_scale import LocationScale
 from pyro_mf.families.protocol import Params
 from pyro_mf.families.weighted_likelihood import maximise_on_own_axis
 
@@ -20,7 +19,7 @@ _SD = math.pi / math.sqrt(3.0)  # standard deviation of the standard logistic di
 
 
 @dataclass(frozen=True)
-class Logistic(NormalNoise):
+class Logistic(LocationScale):
     r"""Logistic factors, with distribution function :math:`1 / (1 + e^{-(u - \mu)/s})`.
 
     On the logit axis the one with location 0 and scale 1 is the uniform distribution. The transform
@@ -37,16 +36,6 @@ class Logistic(NormalNoise):
     def name(self) -> str:
         """``"logistic"``."""
         return "logistic"
-
-    @property
-    def param_names(self) -> tuple[str, ...]:
-        """``("loc", "scale")``."""
-        return ("loc", "scale")
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """Real and positive."""
-        return (constraints.real, constraints.positive)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """The member with mean ``loc`` and standard deviation ``scale``."""

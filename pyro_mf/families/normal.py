@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution
 
-from pyro_mf.families.noise import NormalNoise
+from pyro_mf.families.location_scale import LocationScale
 from pyro_mf.families.protocol import Params
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @dataclass(frozen=True)
-class Normal(NormalNoise):
+class Normal(LocationScale):
     r"""Normal factors :math:`u = \mu + \sigma\varepsilon` with standard normal noise.
 
     Example:
@@ -31,16 +30,6 @@ class Normal(NormalNoise):
     def name(self) -> str:
         """``"normal"``."""
         return "normal"
-
-    @property
-    def param_names(self) -> tuple[str, ...]:
-        """``("loc", "scale")``."""
-        return ("loc", "scale")
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """Real and positive."""
-        return (constraints.real, constraints.positive)
 
     def init(self, loc: Tensor, scale: Tensor) -> Params:
         """Take location and scale as they are."""

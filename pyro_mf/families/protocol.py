@@ -104,3 +104,8 @@ def home_of(family: Family) -> str | None:
     """The kind of support that a family is at home on; ``None`` for one that fits everywhere."""
     home: str | None = getattr(family, "native_to", None)
     return home
+
+
+def spans_site(family: Family) -> bool:
+    """Whether one vector of a block family holds a whole site, and not one slice of its plates."""
+    return event_dim_of(family) == 1 and getattr(family, "over", "slice") == "site"

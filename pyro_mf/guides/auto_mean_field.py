@@ -15,7 +15,7 @@ from pyro_mf._errors import GuideMismatchError
 from pyro_mf.density.sites import Plate, Site
 from pyro_mf.families import Family
 from pyro_mf.families.product import Product
-from pyro_mf.families.protocol import event_dim_of
+from pyro_mf.families.protocol import spans_site
 from pyro_mf.guides.discrete_guide import DiscreteGuide
 from pyro_mf.guides.factors import as_pyro, factor_of
 from pyro_mf.guides.plates import as_plates
@@ -318,7 +318,7 @@ def _check_divisible(family: Family, site: Site) -> None:
     Raises:
         GuideMismatchError: If it does.
     """
-    if event_dim_of(family) and getattr(family, "over", "slice") == "site":
+    if spans_site(family):
         raise GuideMismatchError(
             f"family '{family.name}' over all of site '{site.name}' makes its elements dependent, "
             "but the model visits only a minibatch of them. Use over='slice' (a block for every "

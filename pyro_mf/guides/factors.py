@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro_mf.density.sites import Site
 from pyro_mf.families import Family
 from pyro_mf.families.distribution import FamilyDistribution
-from pyro_mf.families.protocol import Params, event_dim_of, home_of
+from pyro_mf.families.protocol import Params, event_dim_of, home_of, spans_site
 from pyro_mf.guides.site_families import is_canonical
 
 
@@ -51,7 +51,7 @@ def _blocks(
     family: Family, params: Params, shape: torch.Size, event_dim: int
 ) -> FamilyDistribution:
     batch = shape[: len(shape) - event_dim]
-    is_whole = getattr(family, "over", "slice") == "site"
+    is_whole = spans_site(family)
     view = (shape.numel(),) if is_whole else (*batch, shape[len(batch) :].numel())
     return FamilyDistribution(family, params, shape, event_dim=event_dim, view=view)
 

@@ -17,7 +17,7 @@ from pyro_mf.families import FAMILIES, Family, get_family, nearest_name
 from pyro_mf.families.discrete import DISCRETE_FAMILIES, DiscreteFamily
 from pyro_mf.families.factorised_mixture import FactorisedMixture
 from pyro_mf.families.product import Part, Product
-from pyro_mf.families.protocol import Params, event_dim_of, home_of
+from pyro_mf.families.protocol import Params, event_dim_of, home_of, spans_site
 
 OneFamily: TypeAlias = str | Family | DiscreteFamily
 FamilySpec: TypeAlias = OneFamily | Mapping[str, OneFamily] | Callable[[Site], OneFamily]
@@ -311,8 +311,7 @@ def _check_fits(family: Family, site: Site) -> None:
     if not event_dim_of(family):
         return
     k = _block_size(family, site)
-    over = getattr(family, "over", None)
-    if k == 1 and over == "slice" and site.size > 1:
+    if k == 1 and hasattr(family, "over") and not spans_site(family) and site.size > 1:
         raise FamilyError(
             f"family '{family.name}' over slices of site '{site.name}' would have blocks of one "
             "element. Take over='site' for one block of all, or 'normal'."
@@ -320,7 +319,7 @@ def _check_fits(family: Family, site: Site) -> None:
     meta = torch.empty(site.size // k, k, device="meta", dtype=torch.float64)
     size = max(p.numel() for p in family.init(meta, meta)) * 8
     if size > _MAX_BLOCK_BYTES:
-        smaller = "smaller blocks (over='slice'), " if over == "site" and site.plates else ""
+        smaller = "smaller blocks (over='slice'), " if spans_site(family) and site.plates else ""
         raise FamilyError(
             f"family '{family.name}' at site '{site.name}' needs a parameter of "
             f"{size / 2**20:.0f} MiB for blocks of {k} elements, more than the "
@@ -333,7 +332,7 @@ def _block_size(family: Family, site: Site) -> int:
     """Elements of one block: of the event, or of the whole site."""
     if not event_dim_of(family):
         return 1
-    if getattr(family, "over", "slice") == "site":
+    if spans_site(family):
         return site.size
     event = site.unconstrained_shape[len(site.unconstrained_shape) - site.unconstrained_event_dim :]
     return event.numel()

@@ -97,8 +97,8 @@ def solve_pathwise(
     if infinite:
         reason, message = "diverged", infinite
     return Outcome(
-        elbo=run.elbo,
-        elbo_se=run.elbo_se,
+        elbo=-math.inf if infinite else run.elbo,
+        elbo_se=math.nan if infinite else run.elbo_se,
         stop_reason=reason,
         message=message,
         losses=tuple(meter.losses),
