@@ -104,7 +104,7 @@ def solve_pathwise(
         losses=tuple(meter.losses),
         num_gradients=spent + meter.num_gradients,
         seconds={"optimise": time.perf_counter() - began},
-        notes=tuple(run.notes),
+        notes=() if infinite else tuple(run.notes),
         refusal=_REFUSAL,
     )
 
