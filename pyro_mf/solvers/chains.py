@@ -113,6 +113,8 @@ class ChainRun:
         layout: Names of the latents.
         scouts: Points reached from elsewhere, shape ``(K, D)``; a quarter of the chains start at
             the farthest. If there is another mode, those do not agree with the others.
+        starts: Where the others start, shape ``(K, D)``; by default, or where there is no density,
+            draws of the Gaussian.
         num_chains: Number of chains.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
         wanted_error: Asked between rounds for the error to stop at, ``max_error`` or smaller.
@@ -136,8 +138,13 @@ class ChainRun:
         wanted_error: Callable[[], float],
         generator: torch.Generator,
         report: Callable[[float], None],
+        starts: Tensor | None = None,
     ) -> None:
         z = initialise(density, loc, metric, num_chains, generator=generator)
+        if starts is not None:
+            starts = starts[:num_chains]
+            has_density = torch.isfinite(density(starts)[0])
+            z[: len(starts)][has_density] = starts[has_density]
         farthest = metric.whiten(scouts - loc).square().sum(-1).argsort(descending=True)
         farthest = farthest[: num_chains // 4]
         z[num_chains - len(farthest) :] = scouts[farthest]

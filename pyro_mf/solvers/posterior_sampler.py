@@ -67,6 +67,7 @@ class PosteriorSampler:
         max_gradients: Budget, in gradients at 64 points each.
         generator: Source of randomness.
         report: Called with the progress.
+        starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
 
     Attributes:
         notes: What went wrong on the way, in sentences.
@@ -84,8 +85,10 @@ class PosteriorSampler:
         max_gradients: int,
         generator: torch.Generator,
         report: Report,
+        starts: Tensor | None = None,
     ) -> None:
         self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
+        self._starts = starts
         self.max_error, self.aim, self.max_gradients = max_error, aim, max_gradients
         self.generator, self.report = generator, report
         self.notes: list[str] = []
@@ -199,6 +202,7 @@ class PosteriorSampler:
                 wanted_error=self._wanted_error,
                 generator=self.generator,
                 report=self._note_error,
+                starts=self._starts,
             )
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['hmc']} failed: {error}")

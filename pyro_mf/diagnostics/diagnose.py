@@ -1,0 +1,210 @@
+"""The verdict on an approximation: draws of the posterior are made anew, and it is held to them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_mf._errors import ModelError, NonFiniteError
+from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
+from pyro_mf.diagnostics.check import Check, worst
+from pyro_mf.diagnostics.claim import Claim, claim_of_guide
+from pyro_mf.diagnostics.diagnosis import Diagnosis
+from pyro_mf.diagnostics.drift import Drift, measure_drift
+from pyro_mf.diagnostics.errors import marginal_errors
+from pyro_mf.diagnostics.quantities import Quantities
+from pyro_mf.diagnostics.reference import (
+    Reference,
+    Start,
+    draw_reference,
+    find_start,
+    start_of_draws,
+)
+from pyro_mf.diagnostics.verdict import headline, judge_drift, judge_marginals, judge_reference
+from pyro_mf.kernels import Metric
+from pyro_mf.solvers.outcome import Progress, Report, silent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_BUDGET = 10_000
+_NUM_DRAWS = 20_000  # of the approximation
+_NUM_CHAINS, _NUM_COSTLY_CHAINS = 128, 32
+_ROWS = 64  # points at which a gradient counts as one
+_SEED = 2_000_003  # draws here are not those of the fit
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of an approximation before it is judged.
+
+    Args:
+        start: A Gaussian near the posterior; found anew where there is none.
+        checks: What the fit itself says: its certificate, its restarts.
+    """
+
+    start: Start | None = None
+    checks: tuple[Check, ...] = ()
+
+
+def diagnose(
+    guide: Callable[..., Any],
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    max_gradients: int = DEFAULT_BUDGET,
+) -> Diagnosis:
+    """Judge a trained guide, whatever trained it.
+
+    Args:
+        guide: The guide: one of ours, one of Pyro's autoguides, or a function.
+        model: The model.
+        model_args: Its positional arguments, with the full data.
+        model_kwargs: Its keyword arguments.
+        seed: Seed of everything random.
+        max_gradients: Budget, in gradients of the log joint at 64 points each.
+
+    Returns:
+        The verdict; see :meth:`pyro_mf.FitResult.diagnose`.
+    """
+    log_joint = LogJoint(model, model_args, model_kwargs)
+    claim = claim_of_guide(guide, log_joint)
+    return judge(log_joint, claim, Known(), seed=seed, max_gradients=max_gradients)
+
+
+def judge(
+    log_joint: LogJoint,
+    claim: Claim,
+    known: Known,
+    *,
+    seed: int = 0,
+    max_gradients: int = DEFAULT_BUDGET,
+    report: Report = silent,
+) -> Diagnosis:
+    """Judge a claim.
+
+    Args:
+        log_joint: The model with its full data.
+        claim: The approximation.
+        known: What is known of it before.
+        seed: Seed of everything random.
+        max_gradients: Budget, in gradients at 64 points each.
+        report: Called with the progress.
+    """
+    began = time.perf_counter()
+    trial = _Trial(log_joint, claim, seed + _SEED, max_gradients, report)
+    with suppress(KeyboardInterrupt):  # what is known by then is judged
+        trial.run(known)
+    return trial.verdict(known, time.perf_counter() - began)
+
+
+class _Trial:
+    """What is found, one thing after another, so that an interrupt loses nothing."""
+
+    def __init__(
+        self, log_joint: LogJoint, claim: Claim, seed: int, max_gradients: int, report: Report
+    ) -> None:
+        self.claim, self.seed, self.max_gradients = claim, seed, max_gradients
+        self.report = report
+        self.blocks = Blocks(log_joint)
+        self.quantities = Quantities(log_joint, is_costly=self.blocks.is_costly)
+        num = min(_NUM_DRAWS, self.quantities.max_draws)
+        self.drawn = claim.draw(num, seed)
+        self.start: Start | None = None
+        self.drift: Drift | None = None
+        self.has_drift = False
+        self.reference: Reference | None = None
+        self.notes: tuple[str, ...] = ("it was interrupted",)
+        self.num_gradients = 0
+        self.table: pd.DataFrame | None = None
+
+    def run(self, known: Known) -> None:
+        z = self.drawn.z
+        self.start = known.start
+        if self.start is None:
+            self.start = find_start(self.blocks, z, seed=self.seed, report=self.report)
+            self.num_gradients += self.start.num_gradients
+        starts = self._drift(z)
+        self.reference, self.notes = draw_reference(
+            self.blocks,
+            self.start,
+            starts,
+            seed=self.seed,
+            max_gradients=self.max_gradients - self.num_gradients,
+            report=self.report,
+        )
+        if self.reference is not None:
+            self.num_gradients += self.reference.num_gradients
+            self._compare(z, self.reference)
+
+    def _drift(self, z: Tensor) -> Tensor:
+        """Where chains from the approximation's draws get to."""
+        num = _NUM_COSTLY_CHAINS if self.blocks.is_costly else _NUM_CHAINS
+        self.report(Progress("drift", self.num_gradients, math.nan, math.nan))
+        metric = Metric(start_of_draws(z).scale)
+        generator = torch.Generator().manual_seed(self.seed)
+        self.drift = measure_drift(
+            self.blocks.value_and_grad, z[:num], metric, generator=generator
+        )
+        self.has_drift = True
+        if self.drift is None:
+            return z[:0]
+        self.num_gradients += math.ceil(self.drift.num_gradients * num / _ROWS)
+        return self.drift.z
+
+    def _compare(self, z: Tensor, reference: Reference) -> None:
+        draws = reference.draws
+        claimed = self.quantities.at(z)
+        truth = self.quantities.at(draws.z)
+        varying = (truth.max(0).values > truth.min(0).values).nonzero().reshape(-1)
+        errors = marginal_errors(
+            claimed[:, varying], truth[:, varying], draws.weights, reference.averages
+        )
+        names = [self.quantities.names[k] for k in varying.tolist()]
+        self.table = errors.table(names)
+        self.table["khat"] = math.nan
+
+    def verdict(self, known: Known, seconds: float) -> Diagnosis:
+        names = self.blocks.log_joint.layout.element_names()
+        reference = judge_reference(self.reference)
+        checks = [judge_marginals(self.table, self.reference, self.notes), reference]
+        if self.has_drift:
+            is_needed = reference.status != "green"
+            checks.append(judge_drift(self.drift, names, is_needed=is_needed))
+        checks += known.checks
+        status = worst(check.status for check in checks)
+        table = self.table
+        if table is None:
+            table = self._unknown()
+        elif self.reference is not None and self.reference.problems:
+            table["status"] = "amber"
+        return Diagnosis(
+            status=status,
+            headline=headline(status, self.claim.name.capitalize(), self.table, tuple(checks)),
+            claim=self.claim.name,
+            parameters=table,
+            checks=tuple(checks),
+            draws=None if self.reference is None else self.reference.draws,
+            num_gradients=self.num_gradients,
+            seconds=seconds,
+        )
+
+    def _unknown(self) -> pd.DataFrame:
+        """The table where there is nothing to compare with."""
+        import pandas as pd
+
+        values = self.quantities.at(self.drawn.z)
+        unknown = ["mean_error", "mean_error_se", "sd_ratio", "sd_ratio_se", "wasserstein", "khat"]
+        columns = {"status": "amber", "mean": values.mean(0).numpy(), "sd": values.std(0).numpy()}
+        index = pd.Index(self.quantities.names, name="parameter")
+        return pd.DataFrame(columns | dict.fromkeys(unknown, math.nan), index=index)

@@ -1,0 +1,143 @@
+"""From what was found to one word.
+
+Green needs proof: draws of the posterior that passed every check, and every marginal within its
+limits by two standard errors. Red needs proof of the contrary. All else is amber.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyro_mf.diagnostics.check import Check, Status, worst
+from pyro_mf.diagnostics.drift import Drift
+from pyro_mf.diagnostics.errors import MAX_MEAN, MAX_SD, MAX_SHAPE, largest
+from pyro_mf.diagnostics.reference import Reference
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_WITHIN = f"means within {MAX_MEAN:g} posterior sds and sds within {MAX_SD:.0%}"
+_BETTER = "draw from the posterior instead: fit(..., objective=ForwardKL()) or run_nuts(...)"
+_NARROW = (
+    "the approximation is too narrow, as mean field by reverse KL is wherever latents depend on "
+    "one another: take sd_lr of summary() if diagnose(linear_response=True) is green, or "
+    "fit(..., objective=ForwardKL())"
+)
+_SHIFTED = (
+    "means are off, which no correction of sds mends: " + _BETTER + ". In hierarchies a "
+    "non-centred parametrisation often helps; with stock SVI, train for longer or use fit(...)"
+)
+_WIDE = "the approximation is too wide somewhere: look at .parameters; " + _BETTER
+_SHAPE = (
+    "means and sds are right but the shape is not: try family='auto', or AutoMeanFieldMixture for "
+    "several modes"
+)
+
+
+def judge_marginals(
+    table: pd.DataFrame | None, reference: Reference | None, notes: tuple[str, ...]
+) -> Check:
+    """The main check: errors of all marginals, by draws of the posterior."""
+    if table is None or reference is None:
+        why = "; ".join(notes) or "none were made"
+        return Check(
+            "marginals", "amber", f"no draws of the posterior to judge by: {why}", f"{_BETTER}"
+        )
+    by_mean, mean, by_sd, ratio = largest(table)
+    most = (
+        f"largest error of a mean {mean:+.2f} sds ('{by_mean}'), of an sd {ratio:.2f} times the "
+        f"posterior's ('{by_sd}')"
+    )
+    values = {"mean_error": mean, "sd_ratio": ratio, "wasserstein": table["wasserstein"].max()}
+    count = {s: int((table["status"] == s).sum()) for s in ("green", "amber", "red")}
+    how = f"by {len(reference.draws.z)} draws by {reference.source}"
+    finding = f"{most}, {how}; {count['green']} of {len(table)} parameters are right"
+    status: Status = worst(table["status"])
+    advice = _advise(table, status)
+    if reference.problems:
+        return Check("marginals", "amber", finding, advice, values)
+    return Check("marginals", status, finding, advice, values)
+
+
+def _advise(table: pd.DataFrame, status: Status) -> str:
+    if status == "green":
+        return ""
+    if (table["mean_error"].abs() - 2 * table["mean_error_se"] > MAX_MEAN).any():
+        return _SHIFTED
+    if (table["sd_ratio"] + 2 * table["sd_ratio_se"] < 1.0 - MAX_SD).any():
+        return _NARROW
+    if (table["sd_ratio"] - 2 * table["sd_ratio_se"] > 1.0 + MAX_SD).any():
+        return _WIDE
+    if (table["wasserstein"] > MAX_SHAPE).any():
+        return _SHAPE
+    return "errors are near their limits, or not known well enough: " + _BETTER
+
+
+def judge_reference(reference: Reference | None) -> Check:
+    """Whether the draws that everything else is judged by are to be believed."""
+    if reference is None:
+        return Check("reference", "amber", "there are no draws of the posterior")
+    draws = reference.draws
+    errors = (
+        f"standard errors up to {float(draws.mean_error.max()):.3f} sds of a mean and "
+        f"{float(draws.sd_error.max()):.1%} of an sd"
+    )
+    values = dict(draws.diagnostics)
+    if not reference.problems:
+        finding = f"{reference.source}, {errors}; no check speaks against it"
+        return Check("reference", "green", finding, values=values)
+    why = "; ".join(reference.problems)
+    advice = (
+        "the posterior itself is hard, and short runs do not settle it: reparametrise the model "
+        "(non-centred hierarchies, ordered labels), or run NUTS for long and look at its R-hat"
+    )
+    return Check("reference", "amber", f"{reference.source}, but {why}", advice, values)
+
+
+def judge_drift(drift: Drift | None, names: list[str], *, is_needed: bool) -> Check:
+    """Whether chains from the approximation's draws run away; it judges where nothing else can."""
+    if drift is None:
+        return Check(
+            "drift",
+            "red" if is_needed else None,
+            "most draws of the approximation are where the model has no density",
+            "the approximation reaches out of the model's support: use family='auto', or " + _BETTER,
+        )
+    mean, log_sd = drift.mean_bound, drift.log_sd_bound
+    by_mean, by_sd = int(mean.argmax()), int(log_sd.argmax())
+    memory = float(drift.memory.max())
+    values = {
+        "mean_bound": float(mean.max()),
+        "log_sd_bound": float(log_sd.max()),
+        "memory": memory,
+    }
+    parts = []
+    if mean[by_mean] > 0:
+        parts.append(f"the mean of '{names[by_mean]}' is wrong by {mean[by_mean]:.2f} sds or more")
+    if log_sd[by_sd] > 0:
+        factor = float(log_sd[by_sd].exp())
+        parts.append(f"the sd of '{names[by_sd]}' is wrong by a factor {factor:.2f} or more")
+    finding = " and ".join(parts) if parts else "no latent drifts beyond chance"
+    finding = f"by short chains from its draws, {finding} (unconstrained axes)"
+    if memory > 0.5:
+        finding += f"; the chains are slow (correlation {memory:.2f} with their start)"
+    is_bad = bool((mean > MAX_MEAN).any() or (log_sd.expm1() > MAX_SD).any())
+    status: Status | None = ("red" if is_bad else None) if is_needed else None
+    return Check("drift", status, finding, _BETTER if status else "", values)
+
+
+def headline(
+    status: Status, claim: str, table: pd.DataFrame | None, checks: tuple[Check, ...]
+) -> str:
+    """The verdict in one sentence."""
+    if status == "green" and table is not None:
+        which = "the only parameter" if len(table) == 1 else f"all {len(table)} parameters"
+        return f"{claim} has the marginals of {which} right: {_WITHIN}."
+    blamed = [c for c in checks if c.status == status]
+    if status == "red":
+        if table is not None and any(c.name == "marginals" for c in blamed):
+            wrong = table.index[table["status"] == "red"]
+            some = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
+            return f"{claim} is wrong for {len(wrong)} of {len(table)} parameters ({some})."
+        return f"{claim} is wrong: {blamed[0].finding}."
+    return f"{claim} could not be shown to be right: {'; '.join(c.finding for c in blamed)}."
