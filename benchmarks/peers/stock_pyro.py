@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from benchmarks.peers.contract import BySite, Fit, Task
 from benchmarks.problems import load
 from benchmarks.scoring import elbo
-from pyro_mf.density import LogJoint
+from pyro_mf.density import Layout, LogJoint
 
 WITHIN = 0.1  # nats
 DECAY = 0.1 ** (1 / 10_000)  # tenfold in 10,000 steps
@@ -40,8 +40,9 @@ class StockPyro:
         pyro.clear_param_store()
         pyro.set_rng_seed(self.task.seed)
         seconds, steps, stopped = 0.0, 0, "limit"
+        layout = self.log_joint.layout
         begin = time.perf_counter()
-        guide = AutoNormal(self.posterior.model, init_loc_fn=_start)
+        guide = AutoNormal(self.posterior.model, init_loc_fn=start_anywhere)
         optim = (
             pyro.optim.ClippedAdam({"lr": 0.01, "lrd": DECAY, "clip_norm": float("inf")})
             if self.task.decays
@@ -57,21 +58,16 @@ class StockPyro:
                 if seconds + time.perf_counter() - begin > self.task.limit:
                     break
             seconds += time.perf_counter() - begin
-            if self._elbo(*self._flat(guide)) >= self.target - WITHIN:
+            if self._elbo(*flat_params(guide, layout)) >= self.target - WITHIN:
                 stopped = "as good"
                 break
-        loc, sd = (self.log_joint.layout.unpack(x) for x in self._flat(guide))
+        loc, sd = (
+            self.log_joint.layout.unpack(x) for x in flat_params(guide, self.log_joint.layout)
+        )
         return Fit(seconds, steps, 1, _numpy(loc), _numpy(sd), stopped)
 
     def log_density(self, points: BySite) -> None:
         """The model is ours."""
-
-    def _flat(self, guide: AutoNormal) -> tuple[Tensor, Tensor]:
-        sites = self.log_joint.layout.sites
-        loc = {s.name: _attribute(guide.locs, s.name) for s in sites}
-        sd = {s.name: _attribute(guide.scales, s.name) for s in sites}
-        pack = self.log_joint.layout.pack
-        return pack(loc).detach().clone(), pack(sd).detach().clone()
 
     def _elbo(self, loc: Tensor, sd: Tensor) -> float:
         """On the same draws for them and for us, so that their noise cancels in the difference."""
@@ -83,13 +79,22 @@ class StockPyro:
         return layout.pack(tensors)
 
 
-def _start(site: dict[str, Any]) -> Tensor:
+def start_anywhere(site: dict[str, Any]) -> Tensor:
     """Pyro's default, but for improper priors, from which it cannot draw."""
     fn = site["fn"]
     if isinstance(fn, dist.ImproperUniform):
         transform = biject_to(fn.support)
         return transform(torch.zeros(transform.inverse_shape(fn.shape())))
     return init_to_feasible(site)
+
+
+def flat_params(guide: AutoNormal, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Location and scale of a stock guide, in the order of a layout."""
+    loc, sd = (
+        layout.pack({s.name: _attribute(owner, s.name) for s in layout.sites})
+        for owner in (guide.locs, guide.scales)
+    )
+    return loc.detach().clone(), sd.detach().clone()
 
 
 def _attribute(owner: object, name: str) -> Tensor:
