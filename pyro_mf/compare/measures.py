@@ -1,22 +1,23 @@
 """How far two samples of a posterior are apart, parameter by parameter, and how well that is known.
 
 Draws have the shape (chain, draw, parameter); distances are in standard deviations of the first
-sample. Independent draws count in full, those of a Markov chain by their effective sample size.
+sample.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_mf.convert import generations
+from pyro_mf.compare.statistics import TINY, effective_sample_size, mean_variance
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TINY = np.finfo(float).tiny
+QUANTILES = (0.05, 0.5, 0.95)
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,37 @@ class Moments:
         square = (draws - mean) ** 2
         ess = effective_sample_size(draws, independent=independent)
         # delta method for the root of a mean of squares
-        sd_variance = _mean_variance(square, independent=independent) / np.maximum(4 * sd**2, TINY)
+        sd_variance = mean_variance(square, independent=independent) / np.maximum(4 * sd**2, TINY)
         return cls(draws, independent, mean, sd, ess, sd**2 / ess, sd_variance)
+
+    @cached_property
+    def bulk_size(self) -> int:
+        """The smallest bulk effective sample size, at most the number of draws."""
+        ess = effective_sample_size(self.draws, independent=self.independent, method="bulk")
+        return int(min(np.nanmin(ess, initial=np.inf), self.draws[..., 0].size))
+
+    @cached_property
+    def quantiles(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each of ``QUANTILES`` with the variance of its estimate, two arrays (P,).
+
+        An order statistic's rank has a beta distribution; half the distance between its quantiles
+        at minus and plus one standard deviation is the standard error (Vehtari et al. 2021).
+        """
+        from scipy.stats import beta, norm
+
+        found = []
+        flat = self.draws.reshape(-1, self.draws.shape[-1])
+        for prob in QUANTILES:
+            size = effective_sample_size(
+                self.draws, independent=self.independent, method="quantile", prob=prob
+            )
+            size = np.where(np.isfinite(size), size, 1.0)  # a constant
+            a, b = size * prob + 1, size * (1 - prob) + 1
+            ends = beta.ppf(norm.cdf([[-1.0], [1.0]]), a, b)
+            rank = (ends * (len(flat) - 1)).round().astype(int)
+            low, high = np.take_along_axis(np.sort(flat, axis=0), rank, axis=0)
+            found.append((np.quantile(flat, prob, axis=0), np.square((high - low) / 2)))
+        return found
 
 
 def measure(p: Moments, q: Moments, names: list[str]) -> pd.DataFrame:
@@ -49,7 +79,7 @@ def measure(p: Moments, q: Moments, names: list[str]) -> pd.DataFrame:
     relative = p.sd_variance / p.sd**2  # of the unit in which distances are given
     error, ratio = (q.mean - p.mean) / p.sd, q.sd / p.sd
     distance, phi_p, phi_q = _wasserstein(p.draws, q.draws)
-    distance_variance = _mean_variance(phi_p, independent=p.independent) + _mean_variance(
+    distance_variance = mean_variance(phi_p, independent=p.independent) + mean_variance(
         phi_q, independent=q.independent
     )
     distance = distance / p.sd
@@ -66,6 +96,14 @@ def measure(p: Moments, q: Moments, names: list[str]) -> pd.DataFrame:
         "wasserstein_mcse": np.sqrt(distance_variance / p.sd**2 + distance**2 * relative),
         "wasserstein_floor": np.sqrt((1 / p.ess + 1 / q.ess) * 2 / np.pi) * _spread(p.draws) / p.sd,
     }
+    for prob, (value_p, variance_p), (value_q, variance_q) in zip(
+        QUANTILES, p.quantiles, q.quantiles, strict=True
+    ):
+        error = (value_q - value_p) / p.sd
+        columns[f"q{prob:.0%}_error".replace("%", "")] = error
+        columns[f"q{prob:.0%}_error_mcse".replace("%", "")] = np.sqrt(
+            (variance_p + variance_q) / p.sd**2 + error**2 * relative
+        )
     return pd.DataFrame(columns, index=pd.Index(names, name="parameter"))
 
 
@@ -90,29 +128,3 @@ def _spread(draws: np.ndarray) -> np.ndarray:
     x = np.sort(draws.reshape(-1, draws.shape[-1]), axis=0)
     below = np.arange(1, len(x))[:, None] / len(x)
     return np.asarray((np.sqrt(below * (1 - below)) * np.diff(x, axis=0)).sum(0))
-
-
-def _mean_variance(values: np.ndarray, *, independent: bool) -> np.ndarray:
-    """Squared standard error of the mean of (chain, draw, P) values, shape (P,)."""
-    variance = values.var((0, 1), ddof=1)
-    # A constant has no effective sample size; its mean has no error.
-    ess = np.where(variance > 0, effective_sample_size(values, independent=independent), 1.0)
-    return np.asarray(variance / ess)
-
-
-def effective_sample_size(
-    values: np.ndarray, *, independent: bool, method: str = "mean"
-) -> np.ndarray:
-    """Effective sample size per parameter, shape (P,), by the method of ArviZ named."""
-    if independent:
-        return np.full(values.shape[-1], float(values.shape[0] * values.shape[1]))
-    return arviz_statistic("ess", values, method=method)
-
-
-def arviz_statistic(name: str, values: np.ndarray, **kwargs: Any) -> np.ndarray:
-    """One of ArviZ's statistics per parameter of (chain, draw, P) values, shape (P,)."""
-    import xarray as xr
-
-    data = xr.Dataset({"x": (("chain", "draw", "parameter"), values)})
-    result = getattr(generations.import_arviz(), name)(data, **kwargs)
-    return np.asarray(result["x"].values, float)

@@ -12,22 +12,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_mf.compare.aligned import align_draws
-from pyro_mf.compare.measures import TINY, Moments, arviz_statistic, effective_sample_size, measure
-from pyro_mf.compare.report import Baseline, PosteriorComparison
+from pyro_mf.compare.baseline import judge_parameters, judge_run
+from pyro_mf.compare.importance import khat_of
+from pyro_mf.compare.inputs import as_baseline, as_result, group, is_independent, seconds_of
+from pyro_mf.compare.joint import MAX_DRAWS, MIN_DRAWS, UNKNOWN, discrepancy, median_distance, thin
+from pyro_mf.compare.measures import QUANTILES, Moments, measure
+from pyro_mf.compare.predictive import predict
+from pyro_mf.compare.report import PosteriorComparison
+from pyro_mf.compare.same_model import doubts
+from pyro_mf.compare.statistics import TINY
 from pyro_mf.convert import generations
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MIN_DRAWS = 100
+MIN_SAMPLE = 100
 
 
 def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorComparison:
     r"""Compare approximate posteriors with NUTS, for every scalar parameter that they share.
 
     With :math:`m, s` mean and standard deviation of a parameter, a fit has the *mean error*
-    :math:`(m_q - m_p) / s_p`, the *sd ratio* :math:`s_q / s_p` and the marginal 1-Wasserstein
-    distance :math:`\int |F_q - F_p| / s_p`.
+    :math:`(m_q - m_p) / s_p`, the *sd ratio* :math:`s_q / s_p`, the errors of the 5, 50 and 95 %
+    quantiles in :math:`s_p`, and the marginal 1-Wasserstein distance
+    :math:`\int |F_q - F_p| / s_p`.
 
     The Monte Carlo errors are those of means, by the delta method. For the Wasserstein distance the
     mean is that of its dual potential :math:`\phi`, :math:`W_1 = E_q \phi - E_p \phi` with
@@ -36,13 +44,20 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
     :math:`\sqrt{(1/n_q + 1/n_p) 2 / \pi} \int \sqrt{F_p (1 - F_p)} / s_p`, with effective sample
     sizes :math:`n`. A distance near its floor says that more draws are needed to see a difference.
 
+    Jointly, a fit has a squared maximum mean discrepancy (a Gaussian kernel on parameters
+    standardised by NUTS, its width the median distance between NUTS's draws), k-hat of its
+    importance weights, and the difference in the expected log predictive density of left-out data.
+    Predictions are compared where results hold ``posterior_predictive`` or ``log_likelihood``.
+
     Args:
-        nuts: The baseline: an ``InferenceData``, a ``DataTree``, or an object with ``to_arviz()``.
-        fits: What is compared with it, by name; entries as for ``nuts``. Draws of an entry count as
-            independent unless its posterior has the attribute ``is_approximate = 0``.
+        nuts: The baseline: an ``InferenceData``, a ``DataTree``, an object with ``to_arviz()``, or
+            reference draws as a mapping from variables to arrays ``(chains, draws, *shape)``.
+        fits: What is compared with it, by name: results or objects with ``to_arviz()``. Draws of an
+            entry count as independent unless its posterior has the attribute ``is_approximate =
+            0``.
 
     Returns:
-        The comparison; print it, or read ``.table`` and ``.summary``.
+        The comparison; print it, or read ``.table``, ``.summary`` and ``.predictive``.
 
     Raises:
         TypeError: If an argument is not a result.
@@ -62,6 +77,9 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
     References:
         Panaretos and Zemel (2019), Statistical Aspects of Wasserstein Distances,
         https://arxiv.org/abs/1806.05500
+
+        Gretton, Borgwardt, Rasch, Schölkopf and Smola (2012), A Kernel Two-Sample Test, JMLR 13,
+        https://jmlr.org/papers/v13/gretton12a.html
     """
     import pandas as pd
 
@@ -72,56 +90,53 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
         )
     if "NUTS" in fits:
         raise ValueError("a fit is called 'NUTS', as the baseline is. Give it another name.")
-    results = {"NUTS": _as_result(nuts, "NUTS")}
-    results |= {name: _as_result(fit, name) for name, fit in fits.items()}
-    aligned = align_draws(results, min_draws=MIN_DRAWS).varying()
+    results = {"NUTS": as_baseline(nuts, "NUTS")}
+    results |= {name: as_result(fit, name) for name, fit in fits.items()}
+    aligned = align_draws(results, min_draws=MIN_SAMPLE).varying()
     draws = aligned.draws
-    baseline = _baseline(results["NUTS"], draws["NUTS"])
+    quality = judge_parameters(draws["NUTS"])
+    baseline = judge_run(results["NUTS"], draws["NUTS"].shape, quality, seconds_of(results["NUTS"]))
     reference = Moments.of(draws["NUTS"], independent=False)
-    tables, summaries = {}, {}
+    tables, summaries, notes = {}, {}, [*baseline.warnings(), *aligned.notes]
     for name in fits:
-        q = Moments.of(draws[name], independent=_is_approximate(results[name]))
-        tables[name] = measure(reference, q, aligned.parameters)
-        summaries[name] = _summarise(tables[name], results[name])
-    return PosteriorComparison(
+        q = Moments.of(draws[name], independent=is_independent(results[name]))
+        tables[name] = measure(reference, q, aligned.parameters).assign(**quality)
+        notes += doubts(results["NUTS"], results[name], name, tables[name])
+        summaries[name] = _summarise(tables[name], results[name]) | _jointly(reference, q)
+    summary = pd.DataFrame.from_dict(summaries, orient="index").rename_axis("fit")
+    if summary["mmd2"].isna().any():
+        notes.append(f"No MMD where fewer than {MIN_DRAWS} effective draws are left.")
+    predictive, missing = predict(results)
+    report = PosteriorComparison(
         table=pd.concat(tables, names=["fit"]),
-        summary=pd.DataFrame.from_dict(summaries, orient="index").rename_axis("fit"),
+        summary=summary.assign(nuts_doubtful=baseline.is_doubtful),
+        predictive=predictive,
         baseline=baseline,
-        notes=(*baseline.warnings(), *aligned.notes),
+        notes=(*notes, *missing),
         draws=draws,
+        results=results,
     )
+    for frame in (report.table, report.summary, report.predictive):
+        frame.attrs["notes"] = report.notes
+    return report
 
 
-def _baseline(result: Any, draws: np.ndarray) -> Baseline:
-    chains, num_draws, _ = draws.shape
-    max_rhat = np.nan
-    if chains > 1:
-        max_rhat = float(arviz_statistic("rhat", draws).max())
-    divergences = None
-    if "sample_stats" in generations.groups(result):
-        stats = generations.dataset(result, "sample_stats")
-        divergences = int(stats["diverging"].sum()) if "diverging" in stats else None
-    return Baseline(
-        chains=chains,
-        draws=num_draws,
-        max_rhat=max_rhat,
-        min_ess=float(effective_sample_size(draws, independent=False, method="bulk").min()),
-        divergences=divergences,
-        seconds=_seconds(result),
-    )
+def _summarise(table: pd.DataFrame, result: Any) -> dict[str, Any]:
+    import pandas as pd
 
-
-def _summarise(table: pd.DataFrame, result: Any) -> dict[str, float]:
-    seconds = _seconds(result)
-    row = {"seconds": np.nan if seconds is None else seconds, "pareto_k": np.nan, "elbo": np.nan}
-    if "vi_fit" in generations.groups(result):
-        fit = generations.dataset(result, "vi_fit")
-        row |= {n: float(fit[n].mean()) for n in ("pareto_k", "elbo") if n in fit}
+    seconds = seconds_of(result)
+    row: dict[str, Any] = {"seconds": np.nan if seconds is None else seconds}
+    row |= {"elbo": np.nan, "elbo_mcse": np.nan} | khat_of(result)
+    if (fit := group(result, "vi_fit")) is not None:
+        row |= {n: float(fit[n].mean()) for n in ("elbo", "elbo_mcse") if n in fit}
+    row["pareto_k_high"] = row["pareto_k"] > row["pareto_k_threshold"]
     ratio = table["sd_ratio"]
+    errors = [table[f"q{round(100 * prob)}_error"].abs() for prob in QUANTILES]
     badness = {
         "mean_error": table["mean_error"].abs(),
         "sd_ratio": np.log(ratio.clip(lower=TINY)).abs(),
         "wasserstein": table["wasserstein"],
+        "quantile_error": pd.concat(errors, axis=1).max(axis=1),
     }
     for name, bad in badness.items():
         shown = ratio if name == "sd_ratio" else bad
@@ -130,21 +145,12 @@ def _summarise(table: pd.DataFrame, result: Any) -> dict[str, float]:
     return row
 
 
-def _seconds(result: Any) -> float | None:
-    seconds = generations.dataset(result, "posterior").attrs.get("sampling_time")
-    return None if seconds is None else float(seconds)
-
-
-def _is_approximate(result: Any) -> bool:
-    return bool(generations.dataset(result, "posterior").attrs.get("is_approximate", 1))
-
-
-def _as_result(value: Any, name: str) -> Any:
-    if generations.is_result(value):
-        return value
-    if hasattr(value, "to_arviz"):
-        return value.to_arviz()
-    raise TypeError(
-        f"'{name}' must be an InferenceData, a DataTree or an object with to_arviz(); got "
-        f"{type(value).__name__}. Convert it with from_pyro or from_pyro_svi."
-    )
+def _jointly(p: Moments, q: Moments) -> dict[str, float]:
+    """The maximum mean discrepancy of as many draws as are independent."""
+    count = min(MAX_DRAWS, p.bulk_size, q.bulk_size)
+    found = UNKNOWN
+    if count >= MIN_DRAWS:
+        x, y = ((thin(m.draws, count) - p.mean) / p.sd for m in (p, q))
+        found = discrepancy(x, y, median_distance(x))
+    names = {"mmd2": found.mmd2, "mmd2_mcse": found.mcse, "mmd2_floor": found.floor}
+    return names | {"mmd2_pvalue": found.pvalue}

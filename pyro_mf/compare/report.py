@@ -1,57 +1,21 @@
-"""What a comparison found, and how it is printed."""
+"""What a comparison found."""
 
 from __future__ import annotations
 
 import io
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pyro_mf.compare.baseline import Baseline
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
-    from rich.table import Table
 
-MAX_RHAT = 1.05
-MIN_ESS = 100
-SHOWN = 20  # parameters in the printed table
-WIDTH = 120  # columns of the printed table, at most
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """How far the NUTS run itself can be trusted.
-
-    Args:
-        chains: Number of chains.
-        draws: Draws per chain.
-        max_rhat: Largest rank-normalised split R-hat of any parameter; NaN with one chain.
-        min_ess: Smallest bulk effective sample size of any parameter.
-        divergences: Number of divergent transitions; ``None`` where they were not recorded.
-        seconds: Wall time of the run; ``None`` where it was not recorded.
-    """
-
-    chains: int
-    draws: int
-    max_rhat: float
-    min_ess: float
-    divergences: int | None
-    seconds: float | None
-
-    def warnings(self) -> list[str]:
-        """One line for each reason not to take this run for the truth."""
-        lines = []
-        if self.max_rhat > MAX_RHAT:
-            lines.append(f"the chains disagree: R-hat is {self.max_rhat:.2f} (> {MAX_RHAT})")
-        if self.chains == 1:
-            lines.append("there is one chain, so R-hat cannot be computed")
-        if self.divergences:
-            lines.append(f"{self.divergences} transitions diverged")
-        if self.min_ess < MIN_ESS:
-            lines.append(f"the smallest effective sample size is {self.min_ess:.0f} (< {MIN_ESS})")
-        return [f"The NUTS baseline is doubtful: {line}." for line in lines]
+WIDTH = 120  # columns of the printed tables, at most
 
 
 @dataclass(frozen=True)
@@ -60,27 +24,50 @@ class PosteriorComparison:
 
     Args:
         table: One row per fit and parameter, indexed by both. ``nuts_mean`` and ``nuts_sd`` are in
-            the parameter's unit; ``mean_error`` (fit minus NUTS) and ``wasserstein`` in NUTS
-            standard deviations; ``sd_ratio`` is fit over NUTS. Each has its Monte Carlo standard
-            error in ``*_mcse``. ``wasserstein_floor`` is the distance to be expected between two
-            such samples of one and the same distribution.
-        summary: One row per fit: ``seconds``, ``pareto_k`` and ``elbo`` (NaN where the fit does not
-            say), and the worst and the median parameter by each measure.
+            the parameter's unit; ``mean_error`` (fit minus NUTS), ``wasserstein`` and the errors of
+            the 5, 50 and 95 % quantiles (``q5_error``, ...) in NUTS standard deviations;
+            ``sd_ratio`` is fit over NUTS. Each has its Monte Carlo standard error in ``*_mcse``.
+            ``wasserstein_floor`` is the distance to be expected between two such samples of one and
+            the same distribution. ``nuts_rhat``, ``nuts_ess_bulk`` and ``nuts_ess_tail`` are of the
+            baseline, ``nuts_doubtful`` where they are too bad to believe the row.
+        summary: One row per fit: ``seconds``, ``elbo`` and ``pareto_k`` with its standard error and
+            threshold (NaN where the fit does not say; ``pareto_k_high`` where above), ``mmd2`` with
+            error, floor and p-value, the worst and the median parameter by each measure, and
+            ``nuts_doubtful``.
+        predictive: One row per result and site, NUTS first. Of kind ``"predictive"`` are observed
+            sites, ``"local"`` the posterior's variables with one element per observation.
+            ``variance`` is the average over observations, in the site's own unit. ``mean_error`` is
+            the average distance between predictive means in NUTS's predictive sds with the value to
+            be expected from finite draws alone in ``mean_error_floor``, ``sd_ratio`` the root of
+            the mean squared ratio of predictive sds; ``*_worst`` are those of the worst
+            observation. ``coverage_50`` and ``coverage_90`` are the shares of observed values
+            inside central predictive intervals, ``lppd`` the log pointwise predictive density of
+            the observed data in nats, ``elpd`` that of left-out data, with the differences to NUTS
+            and their errors; ``elpd_doubtful`` where k-hat is not good. NaN where unknown.
         baseline: The quality of the NUTS run.
-        notes: What a reader has to know before believing the tables.
+        notes: What a reader has to know before believing the tables; also in their ``.attrs``.
         draws: Draws by name, ``"NUTS"`` first, each of shape (chain, draw, parameter).
+        results: The ArviZ results that were compared, by name, ``"NUTS"`` first.
     """
 
     table: pd.DataFrame
     summary: pd.DataFrame
+    predictive: pd.DataFrame
     baseline: Baseline
     notes: tuple[str, ...]
     draws: dict[str, np.ndarray] = field(repr=False)
+    results: dict[str, Any] = field(repr=False)
 
     @property
     def parameters(self) -> list[str]:
         """Names of the compared parameters, in the order of the last axis of ``draws``."""
         return list(self.table.index.unique("parameter"))
+
+    @property
+    def doubtful(self) -> set[str]:
+        """Parameters of which NUTS itself knows too little: R-hat above 1.05 or ESS below 100."""
+        first = self.table.xs(next(iter(self.summary.index)), level="fit")
+        return set(first.index[first["nuts_doubtful"]])
 
     def furthest(self, count: int) -> list[str]:
         """The parameters that some fit has most wrong, by Wasserstein distance, worst first.
@@ -113,69 +100,6 @@ class PosteriorComparison:
 
     def __rich__(self) -> Group:
         """The tables for ``rich.print``."""
-        from rich.console import Group
-        from rich.text import Text
+        from pyro_mf.compare.printing import render
 
-        base = self.baseline
-        head = f"NUTS: {base.chains} chains of {base.draws} draws"
-        head += f", max R-hat {base.max_rhat:.3f}, min ESS {base.min_ess:.0f}"
-        if base.divergences is not None:
-            head += f", {base.divergences} divergences"
-        if base.seconds is not None:
-            head += f", {base.seconds:.1f} s"
-        notes = [Text(note, style="bold red") for note in self.notes]
-        title = "Error in NUTS standard deviations, ± Monte Carlo error"
-        if (hidden := len(self.parameters) - SHOWN) > 0:
-            title += f" (the {SHOWN} furthest apart; {hidden} more in .table)"
-        fit_title = "Per fit: worst parameter (median parameter)"
-        fits = self._fit_table()
-        return Group(Text(head), *notes, Text(title), self._parameter_table(), fit_title, fits)
-
-    def _parameter_table(self) -> Table:
-        shown = set(self.furthest(SHOWN))
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD)
-        for name in ("parameter", "NUTS mean ± sd", "fit"):
-            table.add_column(name, no_wrap=True)
-        for name in ("mean error", "sd ratio", "Wasserstein", "(floor)"):
-            table.add_column(name, justify="right", no_wrap=True)
-        rows = self.table.swaplevel()
-        fits = list(self.table.index.unique("fit"))
-        for parameter in (p for p in self.parameters if p in shown):
-            for fit in fits:
-                row = rows.loc[(parameter, fit)]
-                first = fit == fits[0]
-                table.add_row(
-                    Text(parameter if first else ""),
-                    self.nuts_value(parameter) if first else "",
-                    Text(fit),
-                    f"{row['mean_error']:+.2f} ± {row['mean_error_mcse']:.2f}",
-                    f"{row['sd_ratio']:.2f} ± {row['sd_ratio_mcse']:.2f}",
-                    f"{row['wasserstein']:.2f} ± {row['wasserstein_mcse']:.2f}",
-                    f"({row['wasserstein_floor']:.2f})",
-                )
-        return table
-
-    def _fit_table(self) -> Table:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD)
-        table.add_column("fit", no_wrap=True)
-        for name in ("seconds", "k-hat", "|mean error|", "sd ratio", "Wasserstein"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for fit, row in self.summary.iterrows():
-            pairs = [
-                f"{row[f'{measure}_worst']:.2f} ({row[f'{measure}_median']:.2f})"
-                for measure in ("mean_error", "sd_ratio", "wasserstein")
-            ]
-            known = [
-                "" if np.isnan(row[name]) else f"{row[name]:.2f}"
-                for name in ("seconds", "pareto_k")
-            ]
-            table.add_row(Text(str(fit)), *known, *pairs)
-        return table
+        return render(self)
