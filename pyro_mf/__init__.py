@@ -34,7 +34,7 @@ from pyro_mf._errors import (
 )
 from pyro_mf.baselines import NUTSResult, run_nuts
 from pyro_mf.density import LogJoint
-from pyro_mf.fitting import FitResult, fit
+from pyro_mf.fitting import FitResult, diagnose, fit
 from pyro_mf.guides import AutoMeanField, AutoMeanFieldMixture
 from pyro_mf.objectives import ForwardKL, ReverseKL
 
@@ -72,6 +72,7 @@ __all__ = [
     "ReverseKL",
     "ScoreGradientWarning",
     "compare_posteriors",
+    "diagnose",
     "fit",
     "from_pyro",
     "from_pyro_svi",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 Status: TypeAlias = Literal["green", "amber", "red"]
@@ -22,6 +22,8 @@ class Check:
         finding: One sentence with the numbers.
         advice: What to do about it; empty where nothing is wrong.
         values: The numbers by name.
+        is_standby: Whether it only judges where the marginals could not be held to draws of the
+            posterior: what is suspicious is of no weight against what was measured.
     """
 
     name: str
@@ -29,6 +31,11 @@ class Check:
     finding: str
     advice: str = ""
     values: dict[str, float] = field(default_factory=dict)
+    is_standby: bool = False
+
+    def at_ease(self) -> Check:
+        """The same finding, no longer judging."""
+        return replace(self, status=None, advice="")
 
 
 def worst(statuses: Iterable[Status | None]) -> Status:

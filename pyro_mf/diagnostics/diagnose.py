@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.density import LogJoint
 from pyro_mf.density.blocks import Blocks
 from pyro_mf.diagnostics.check import Check, worst
-from pyro_mf.diagnostics.claim import Claim, claim_of_guide
+from pyro_mf.diagnostics.claim import Claim
 from pyro_mf.diagnostics.diagnosis import Diagnosis
 from pyro_mf.diagnostics.drift import Drift, measure_drift
 from pyro_mf.diagnostics.errors import marginal_errors
@@ -53,33 +51,6 @@ class Known:
 
     start: Start | None = None
     checks: tuple[Check, ...] = ()
-
-
-def diagnose(
-    guide: Callable[..., Any],
-    model: Callable[..., Any],
-    model_args: tuple[Any, ...] = (),
-    model_kwargs: Mapping[str, Any] | None = None,
-    *,
-    seed: int = 0,
-    max_gradients: int = DEFAULT_BUDGET,
-) -> Diagnosis:
-    """Judge a trained guide, whatever trained it.
-
-    Args:
-        guide: The guide: one of ours, one of Pyro's autoguides, or a function.
-        model: The model.
-        model_args: Its positional arguments, with the full data.
-        model_kwargs: Its keyword arguments.
-        seed: Seed of everything random.
-        max_gradients: Budget, in gradients of the log joint at 64 points each.
-
-    Returns:
-        The verdict; see :meth:`pyro_mf.FitResult.diagnose`.
-    """
-    log_joint = LogJoint(model, model_args, model_kwargs)
-    claim = claim_of_guide(guide, log_joint)
-    return judge(log_joint, claim, Known(), seed=seed, max_gradients=max_gradients)
 
 
 def judge(
@@ -153,9 +124,7 @@ class _Trial:
         self.report(Progress("drift", self.num_gradients, math.nan, math.nan))
         metric = Metric(start_of_draws(z).scale)
         generator = torch.Generator().manual_seed(self.seed)
-        self.drift = measure_drift(
-            self.blocks.value_and_grad, z[:num], metric, generator=generator
-        )
+        self.drift = measure_drift(self.blocks.value_and_grad, z[:num], metric, generator=generator)
         self.has_drift = True
         if self.drift is None:
             return z[:0]
@@ -179,9 +148,10 @@ class _Trial:
         reference = judge_reference(self.reference)
         checks = [judge_marginals(self.table, self.reference, self.notes), reference]
         if self.has_drift:
-            is_needed = reference.status != "green"
-            checks.append(judge_drift(self.drift, names, is_needed=is_needed))
+            checks.append(judge_drift(self.drift, names))
         checks += known.checks
+        if reference.status == "green":
+            checks = [check.at_ease() if check.is_standby else check for check in checks]
         status = worst(check.status for check in checks)
         table = self.table
         if table is None:

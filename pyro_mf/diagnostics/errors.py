@@ -102,9 +102,7 @@ def marginal_errors(
     return MarginalErrors(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _errors_of(
-    q: Tensor, p: Tensor, weights: Tensor, averages: Expectations
-) -> tuple[Tensor, ...]:
+def _errors_of(q: Tensor, p: Tensor, weights: Tensor, averages: Expectations) -> tuple[Tensor, ...]:
     mean_p, mean_p_se = averages.expectation(p)
     squares, squares_se = averages.expectation((p - mean_p).square())
     tiny = torch.finfo(p.dtype).tiny

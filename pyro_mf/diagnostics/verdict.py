@@ -94,14 +94,15 @@ def judge_reference(reference: Reference | None) -> Check:
     return Check("reference", "amber", f"{reference.source}, but {why}", advice, values)
 
 
-def judge_drift(drift: Drift | None, names: list[str], *, is_needed: bool) -> Check:
+def judge_drift(drift: Drift | None, names: list[str]) -> Check:
     """Whether chains from the approximation's draws run away; it judges where nothing else can."""
     if drift is None:
         return Check(
             "drift",
-            "red" if is_needed else None,
+            "red",
             "most draws of the approximation are where the model has no density",
-            "the approximation reaches out of the model's support: use family='auto', or " + _BETTER,
+            "the approximation reaches out of the model's support: use family='auto', or "
+            + _BETTER,
         )
     mean, log_sd = drift.mean_bound, drift.log_sd_bound
     by_mean, by_sd = int(mean.argmax()), int(log_sd.argmax())
@@ -122,8 +123,8 @@ def judge_drift(drift: Drift | None, names: list[str], *, is_needed: bool) -> Ch
     if memory > 0.5:
         finding += f"; the chains are slow (correlation {memory:.2f} with their start)"
     is_bad = bool((mean > MAX_MEAN).any() or (log_sd.expm1() > MAX_SD).any())
-    status: Status | None = ("red" if is_bad else None) if is_needed else None
-    return Check("drift", status, finding, _BETTER if status else "", values)
+    status: Status | None = "red" if is_bad else None
+    return Check("drift", status, finding, _BETTER if is_bad else "", values, is_standby=True)
 
 
 def headline(

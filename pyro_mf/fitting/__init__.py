@@ -2,5 +2,6 @@
 
 from pyro_mf.fitting.fit import fit
 from pyro_mf.fitting.result import FitResult
+from pyro_mf.fitting.verdicts import diagnose
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["FitResult", "diagnose", "fit"]

@@ -214,6 +214,7 @@ def resume(
         seconds=_add_seconds(result.seconds, (optimum,)),
         notes=optimum.outcome.notes,
         response=None,
+        verdicts={},
     )
 
 

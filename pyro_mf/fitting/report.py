@@ -58,6 +58,10 @@ def report(result: FitResult) -> str:
         ]
     if (believe := _believe(result)) is not None:
         lines.append(_line("sds to believe", believe))
+    for verdict in result.verdicts.values():
+        lines.append(_line("verdict", f"{verdict.status}: {verdict.headline}"))
+    if not result.verdicts:
+        lines.append(_line("verdict", "none yet; ask result.diagnose()"))
     if len(result.restarts) > 1:
         elbos = ", ".join(f"{optimum.outcome.elbo:.2f}" for optimum in result.restarts)
         lines.append(_line("restarts", f"ELBOs {elbos}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_mf._errors import LinearResponseError
 from pyro_mf.convert.guide_draws import GuideDraws, draw_guide
 from pyro_mf.density import Layout, LogJoint
+from pyro_mf.diagnostics.diagnose import DEFAULT_BUDGET
 from pyro_mf.fitting.problem import Problem, at_least
 from pyro_mf.fitting.response import Response, elements_of, respond, respond_at
 from pyro_mf.fitting.restarts import Optimum
@@ -25,6 +26,8 @@ from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pyro_mf.diagnostics.diagnosis import Diagnosis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +44,7 @@ class FitResult:
         seconds: Wall time by phase, all starts together.
         notes: Sentences on what went wrong on the way and what was done about it.
         response: Linear response where it is known already; see :meth:`linear_response`.
+        verdicts: What :meth:`diagnose` has found so far, by what was judged.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -63,6 +67,7 @@ class FitResult:
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
     response: Response | None = None
+    verdicts: dict[str, Diagnosis] = field(default_factory=dict)
 
     # -- what was reached ------------------------------------------------------------------------
 
@@ -303,6 +308,58 @@ class FitResult:
     def _draw(self, num_draws: int, seed: int) -> GuideDraws:
         args, kwargs = self.problem.model_args, self.problem.model_kwargs
         return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed)
+
+    def diagnose(
+        self,
+        *,
+        linear_response: bool = False,
+        draws: bool = False,
+        seed: int = 0,
+        max_gradients: int = DEFAULT_BUDGET,
+        progress: bool | None = None,
+    ) -> Diagnosis:
+        """Judge the fit by draws of the posterior that are made anew, with checks of their own.
+
+        They come from importance sampling, parallel Hamiltonian chains started at the fit's own
+        draws and at points reached from elsewhere, or tempering, whichever passes its checks, as
+        for the forward KL. Every scalar element of every latent and deterministic site is held to
+        them. Where no draws pass, the verdict is amber at best, and what is merely suspicious
+        counts: chains that drift away from the fit's draws, a solver that did not converge, starts
+        that disagree.
+
+        Args:
+            linear_response: Whether to judge the Gaussian of :meth:`linear_response`, as in
+                :meth:`sample`.
+            draws: Whether to judge :attr:`draws`.
+            seed: Seed of everything random.
+            max_gradients: Budget, in gradients of the log joint at 64 points each; at least 1.
+            progress: As for :func:`~pyro_mf.fit`.
+
+        Returns:
+            The verdict. It is about marginals: functions of several parameters are right only if
+            they are deterministic sites, or if the k-hat of the joint is good, too.
+
+        Raises:
+            LinearResponseError: If linear response is asked for and there is none.
+            ModelError: If the model subsamples its data in a way that cannot be undone.
+            ValueError: If draws of the posterior are asked for and there are none, or both are.
+
+        References:
+            Wang, Kasprzak and Huggins (2023), A Targeted Accuracy Diagnostic for Variational
+            Approximations, https://arxiv.org/abs/2302.12419
+        """
+        from pyro_mf.fitting.verdicts import diagnose_result
+
+        found = diagnose_result(
+            self,
+            linear_response=linear_response,
+            draws=draws,
+            seed=seed,
+            max_gradients=max_gradients,
+            progress=progress,
+        )
+        self.verdicts[found.claim] = found
+        return found
 
     def to_arviz(self, *, linear_response: bool = False, draws: bool = False, **kwargs: Any) -> Any:
         """Convert for ArviZ.

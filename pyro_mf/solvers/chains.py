@@ -28,6 +28,8 @@ _GROWTH = 3  # a round is as long as all before it, over this
 # Share of trajectories that may diverge: more of them mean a region that chains do not enter.
 _MAX_DIVERGENT = 0.002
 _LAST_WORD = 300  # iterations that are enough to know this share
+# How the one problem begins that is no doubt about the chains: they are too short.
+IMPRECISE = "the largest Monte Carlo error"
 _MAX_ELEMENTS = 2**25  # of the draws that are kept, 256 MiB; beyond, every other one is dropped
 
 
@@ -198,7 +200,7 @@ class ChainRun:
         problems = self._problems(found)
         if found.largest_error > self._max_error:
             problems += (
-                f"the largest Monte Carlo error of a mean or sd is {found.largest_error:.3f} sds, "
+                f"{IMPRECISE} of a mean or sd is {found.largest_error:.3f} sds, "
                 f"where {self._max_error:.3f} was wanted",
             )
         if self._kept.divergent > _MAX_DIVERGENT:
