@@ -18,6 +18,7 @@ from pyro_mf.diagnostics.claim import Claim
 from pyro_mf.diagnostics.diagnosis import Diagnosis
 from pyro_mf.diagnostics.drift import Drift, measure_drift
 from pyro_mf.diagnostics.errors import marginal_errors
+from pyro_mf.diagnostics.joint import judge_joint, marginal_khats
 from pyro_mf.diagnostics.quantities import Quantities
 from pyro_mf.diagnostics.reference import (
     Reference,
@@ -47,10 +48,12 @@ class Known:
     Args:
         start: A Gaussian near the posterior; found anew where there is none.
         checks: What the fit itself says: its certificate, its restarts.
+        reference: Draws of the posterior that another claim was judged by and that passed.
     """
 
     start: Start | None = None
     checks: tuple[Check, ...] = ()
+    reference: Reference | None = None
 
 
 def judge(
@@ -90,25 +93,39 @@ class _Trial:
         self.blocks = Blocks(log_joint)
         self.quantities = Quantities(log_joint, is_costly=self.blocks.is_costly)
         num = min(_NUM_DRAWS, self.quantities.max_draws)
-        self.drawn = claim.draw(num, seed)
-        self.start: Start | None = None
+        self.z = claim.draw(num, seed)
         self.drift: Drift | None = None
         self.has_drift = False
         self.reference: Reference | None = None
         self.notes: tuple[str, ...] = ("it was interrupted",)
         self.num_gradients = 0
         self.table: pd.DataFrame | None = None
+        self.others: tuple[Check, ...] = ()
 
     def run(self, known: Known) -> None:
-        z = self.drawn.z
-        self.start = known.start
-        if self.start is None:
-            self.start = find_start(self.blocks, z, seed=self.seed, report=self.report)
-            self.num_gradients += self.start.num_gradients
-        starts = self._drift(z)
+        """Look at everything, the cheap and the decisive first."""
+        starts = self._drift(self.z)
+        self.reference = known.reference
+        if self.reference is None:
+            self._draw(known.start, starts)
+        if self.reference is not None:
+            self._compare(self.z, self.reference)
+        self.report(Progress("weights", self.num_gradients, math.nan, math.nan))
+        self.others = judge_joint(
+            self.claim,
+            self.blocks,
+            self.z,
+            None if self.reference is None else self.reference.draws,
+            seed=self.seed,
+        )
+
+    def _draw(self, start: Start | None, starts: Tensor) -> None:
+        if start is None:
+            start = find_start(self.blocks, self.z, seed=self.seed, report=self.report)
+            self.num_gradients += start.num_gradients
         self.reference, self.notes = draw_reference(
             self.blocks,
-            self.start,
+            start,
             starts,
             seed=self.seed,
             max_gradients=self.max_gradients - self.num_gradients,
@@ -116,7 +133,6 @@ class _Trial:
         )
         if self.reference is not None:
             self.num_gradients += self.reference.num_gradients
-            self._compare(z, self.reference)
 
     def _drift(self, z: Tensor) -> Tensor:
         """Where chains from the approximation's draws get to."""
@@ -142,6 +158,9 @@ class _Trial:
         names = [self.quantities.names[k] for k in varying.tolist()]
         self.table = errors.table(names)
         self.table["khat"] = math.nan
+        khats = marginal_khats(self.claim, self.blocks.log_joint.layout, z, draws)
+        known = [name for name in khats if name in self.table.index]
+        self.table.loc[known, "khat"] = [khats[name] for name in known]
 
     def verdict(self, known: Known, seconds: float) -> Diagnosis:
         names = self.blocks.log_joint.layout.element_names()
@@ -149,7 +168,7 @@ class _Trial:
         checks = [judge_marginals(self.table, self.reference, self.notes), reference]
         if self.has_drift:
             checks.append(judge_drift(self.drift, names))
-        checks += known.checks
+        checks += [*self.others, *known.checks]
         if reference.status == "green":
             checks = [check.at_ease() if check.is_standby else check for check in checks]
         status = worst(check.status for check in checks)
@@ -164,7 +183,7 @@ class _Trial:
             claim=self.claim.name,
             parameters=table,
             checks=tuple(checks),
-            draws=None if self.reference is None else self.reference.draws,
+            reference=self.reference,
             num_gradients=self.num_gradients,
             seconds=seconds,
         )
@@ -173,7 +192,7 @@ class _Trial:
         """The table where there is nothing to compare with."""
         import pandas as pd
 
-        values = self.quantities.at(self.drawn.z)
+        values = self.quantities.at(self.z)
         unknown = ["mean_error", "mean_error_se", "sd_ratio", "sd_ratio_se", "wasserstein", "khat"]
         columns = {"status": "amber", "mean": values.mean(0).numpy(), "sd": values.std(0).numpy()}
         index = pd.Index(self.quantities.names, name="parameter")

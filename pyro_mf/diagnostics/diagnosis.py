@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
+    from pyro_mf.diagnostics.reference import Reference
     from pyro_mf.solvers.posterior_draws import PosteriorDraws
 
 
@@ -31,8 +32,7 @@ class Diagnosis:
             ``*_se``, ``wasserstein`` distance of the marginals in posterior sds, and ``khat`` of
             the marginal. NaN where there are no draws of the posterior to tell.
         checks: Everything that was looked at.
-        draws: Draws of the posterior that it was judged by, ``None`` where there are none. Where no
-            check speaks against them they may be used in place of the approximation.
+        reference: What it was judged by; see :attr:`draws`.
         num_gradients: Gradients at 64 points each that the diagnosis took.
         seconds: Wall time.
     """
@@ -42,9 +42,17 @@ class Diagnosis:
     claim: str
     parameters: pd.DataFrame = field(repr=False)
     checks: tuple[Check, ...] = field(repr=False)
-    draws: PosteriorDraws | None = field(repr=False)
+    reference: Reference | None = field(repr=False)
     num_gradients: int
     seconds: float
+
+    @property
+    def draws(self) -> PosteriorDraws | None:
+        """Draws of the posterior that it was judged by, ``None`` where there are none.
+
+        Where no check speaks against them they may be used in place of the approximation.
+        """
+        return None if self.reference is None else self.reference.draws
 
     @property
     def advice(self) -> tuple[str, ...]:

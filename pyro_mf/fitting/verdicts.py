@@ -14,7 +14,7 @@ from pyro_mf.diagnostics.claim import Claim, claim_of_draws, claim_of_guide, cla
 from pyro_mf.diagnostics.diagnose import DEFAULT_BUDGET, Known, judge
 from pyro_mf.diagnostics.diagnosis import Diagnosis
 from pyro_mf.diagnostics.errors import MAX_SD
-from pyro_mf.diagnostics.reference import Start, start_of_draws
+from pyro_mf.diagnostics.reference import Reference, Start, start_of_draws
 from pyro_mf.fitting.problem import at_least
 from pyro_mf.fitting.progress import ProgressBar
 from pyro_mf.fitting.restarts import describe_modes
@@ -112,7 +112,8 @@ def diagnose_result(
         raise ValueError("linear_response and draws exclude each other. Choose one.")
     with torch.inference_mode(mode=False), torch.enable_grad(), forked_seed(seed):
         claim = _claim(result, linear_response=linear_response, draws=draws)
-        known = Known(_start(result), _checks(result, is_mean_field=not linear_response))
+        checks = _checks(result, is_mean_field=not linear_response)
+        known = Known(_start(result), checks, _reference(result))
         with ProgressBar(shown=progress) as bar:
             return judge(
                 result.log_joint,
@@ -140,6 +141,12 @@ def _start(result: FitResult) -> Start | None:
         return None
     found = result.response.found
     return Start(found.loc.double().cpu(), found.scale_tril.double().cpu())
+
+
+def _reference(result: FitResult) -> Reference | None:
+    """Draws of the posterior that another claim of this fit was judged by, if they passed."""
+    made = [found.reference for found in result.verdicts.values()]
+    return next((r for r in made if r is not None and not r.problems), None)
 
 
 def _checks(result: FitResult, *, is_mean_field: bool) -> tuple[Check, ...]:
