@@ -8,14 +8,15 @@ forward fit's factors were fitted to. Seconds are of CPU for fits, of the clock 
 
 Every score is appended to a file and every fit kept beside it, so a run that was cut goes on where
 it was, and `--rediagnose` asks kept fits for their verdicts again. Stock `AutoNormal` has 15,000
-steps of Adam and at most 75 seconds, fits at most `--limit`. Set POSTERIORDB to the folder of the
-references.
+steps of Adam and at most 75 seconds; fits and verdicts have at most `--limit` each. Set POSTERIORDB
+to the folder of the references.
 Run from the repository's root: python -m benchmarks.scoreboard
 """
 
 import argparse
 import json
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-import pyro_mf as mf
 from benchmarks.posteriors import MODELS, Posterior, load
 from benchmarks.problems import short_name
-from benchmarks.scoreboard_methods import METHODS, Fit, Settings, moments, strata
+from benchmarks.scoreboard_methods import (
+    METHODS,
+    Fit,
+    Settings,
+    interrupted_after,
+    moments,
+    strata,
+)
 from benchmarks.scoreboard_rows import (
     Row,
     cells,
@@ -63,17 +70,19 @@ def score(posterior: Posterior, method: str, settings: Settings, folder: Path, n
     row["parameters"] = {
         name: asdict(Error.of(found[name], posterior.reference[name])) for name in sorted(wanted)
     }
-    return row | verdict(posterior, method, fit, row)
+    return row | verdict(posterior, method, fit, row, settings.limit)
 
 
-def verdict(posterior: Posterior, method: str, fit: Fit, row: Row) -> Row:
+def verdict(posterior: Posterior, method: str, fit: Fit, row: Row, limit: float) -> Row:
     """What the fit says of itself, whole and by parameter; nothing where it has no verdict."""
     diagnose = METHODS[method].diagnose
-    if diagnose is None or not hasattr(mf, "diagnose"):
+    if diagnose is None:
         return {}
     began = time.perf_counter()
     try:
-        found = diagnose(posterior, fit)
+        with warnings.catch_warnings(), interrupted_after(limit):
+            warnings.simplefilter("ignore")  # what they say is in the verdict
+            found = diagnose(posterior, fit)
     except Exception as error:  # a verdict that fails is one that the table has to show
         return {"verdict": "failed", "reasons": [f"{type(error).__name__}: {error}"]}
     statuses = found.parameters["status"]
@@ -81,21 +90,22 @@ def verdict(posterior: Posterior, method: str, fit: Fit, row: Row) -> Row:
         name: numbers | {"status": str(statuses.get(from_zero(name), ""))}
         for name, numbers in row["parameters"].items()
     }
+    checks = [check for check in found.checks if check.status in {"amber", "red"}]
     return {
-        "verdict": str(found.status),
-        "reasons": [f"{c.status}: {c.name}" for c in found.checks if c.status != "green"],
+        "verdict": found.status,
+        "reasons": [f"{check.name} {check.status}: {check.finding}" for check in checks],
         "diagnose_seconds": time.perf_counter() - began,
         "parameters": parameters,
     }
 
 
-def judge_again(posterior: Posterior, row: Row, folder: Path) -> Row:
+def judge_again(posterior: Posterior, row: Row, folder: Path, limit: float) -> Row:
     """A row with a new verdict on the fit that was kept."""
     how = METHODS[row["method"]]
     path = folder / f"{short_name(row['posterior'])}.{how.kept_as}.{row['seed']}.pt"
     if how.diagnose is None or not path.exists() or not row["parameters"]:
         return row
-    return row | verdict(posterior, row["method"], how.load(posterior, path), row)
+    return row | verdict(posterior, row["method"], how.load(posterior, path), row, limit)
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -118,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/scoreboard/scores.jsonl"))
     parser.add_argument("--draws", type=int, default=100_000, help="draws per score")
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds per fit")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds per fit or verdict")
     parser.add_argument("--nuts-all", action="store_true", help="NUTS on the slow ones, too")
     parser.add_argument("--rediagnose", action="store_true", help="new verdicts on kept fits")
     parser.add_argument("--table", action="store_true", help="only print what is in the file")
@@ -145,7 +155,7 @@ def main() -> None:
         if known is None:
             row = score(posterior, method, settings, folder, args.draws)
         else:
-            row = judge_again(posterior, known, folder)
+            row = judge_again(posterior, known, folder, args.limit)
         rows[key(row)] = row
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -231,11 +231,11 @@ def moments(log_joint: LogJoint, drawn: Drawn, wanted: set[str]) -> dict[str, Mo
 
 
 def diagnose_result(**options: bool) -> Callable[[Posterior, Fit], Any]:
-    return lambda _, fit: fit.fitted.diagnose(**options)
+    return lambda _, fit: fit.fitted.diagnose(progress=False, **options)
 
 
 def diagnose_stock(posterior: Posterior, fit: Fit) -> Any:
-    return mf.diagnose(fit.fitted, posterior.model, posterior.args)
+    return mf.diagnose(fit.fitted, posterior.model, posterior.args, progress=False)
 
 
 class Method(NamedTuple):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.problems import short_name
 from benchmarks.scoreboard_methods import METHODS
-from benchmarks.scoreboard_truth import Confusion, Error, Truth, read_errors, whole
+from benchmarks.scoreboard_truth import STATUSES, Confusion, Error, Truth, read_errors, whole
 
 Row = dict[str, Any]
 OURS = ("linear response", "forward", "forward spline")
@@ -108,12 +108,12 @@ def cells(row: Row) -> list[str]:
 
 
 def confusion_table(title: str, found: dict[str, Confusion]) -> Table:
-    table = Table("", "verdict", "good", "bad", "good ones green", title=title)
+    columns = (f"{status}, {kind}" for status in STATUSES for kind in ("good", "bad"))
+    table = Table("", *columns, "good ones green", title=title)
     for name, confusion in found.items():
-        table.add_section()
-        for i, cell in enumerate(confusion.rows()):
-            share = f"{confusion.green_share:.0%}" if i == 0 and confusion.count(bad=False) else ""
-            table.add_row(name if i == 0 else "", *cell, share)
+        if confusion.count():
+            share = f"{confusion.green_share:.0%}" if confusion.count(bad=False) else ""
+            table.add_row(name, *confusion.cells(), share)
     return table
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.scoring import QUANTILES
 
 LIMIT = 0.25  # of a mean, in reference sds, and of an sd, relative
-STATUSES = ("green", "amber", "red")
+STATUSES = ("green", "amber", "red", "failed")
 _STANDARD_ERRORS = 2.0
 
 
@@ -162,11 +162,9 @@ class Confusion:
         good = self.count(bad=False)
         return self.count("green", bad=False) / good if good else math.nan
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """A row per verdict: good and bad, with how many of them lie on the edge."""
-        return [
-            (status, *(self._cell(status, bad=bad) for bad in (False, True))) for status in STATUSES
-        ]
+    def cells(self) -> list[str]:
+        """Per verdict, good and bad ones, and how many of them lie on the edge."""
+        return [self._cell(status, bad=bad) for status in STATUSES for bad in (False, True)]
 
     def _cell(self, status: str, *, bad: bool) -> str:
         number = self.count(status, bad=bad)

@@ -97,11 +97,7 @@ def test_confusion_counts_verdicts_against_truth():
     assert confusion.count("green", bad=True, edge=False) == 0
     assert confusion.count(bad=True) == 3
     assert confusion.green_share == pytest.approx(2 / 3)
-    assert confusion.rows() == [
-        ("green", "2 (1 edge)", "1 (1 edge)"),
-        ("amber", "1", "0"),
-        ("red", "0", "2"),
-    ]
+    assert confusion.cells() == ["2 (1 edge)", "1 (1 edge)", "1", "0", "0", "2", "0", "0"]
     assert math.isnan(Confusion([("red", BAD)]).green_share)
 
 
