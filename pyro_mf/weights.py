@@ -20,16 +20,17 @@ _NEARLY_CONSTANT = 1e-6  # a spread of log weights that no average can feel
 
 @dataclass(frozen=True)
 class PSISResult:
-    """Pareto-smoothed weights and what they say about the approximation.
+    r"""Pareto-smoothed weights and what they say about the approximation.
 
     Args:
         log_weights: Smoothed log weights that sum to one on the natural scale, shape ``(S,)``.
         khat: Tail index of the raw weights; ``-inf`` where they are constant, ``inf`` where fewer
             than five of them carry everything.
-        khat_se: Standard error of ``khat`` by the asymptotic theory of the tail fit, 0 where
-            ``khat`` is infinite.
+        khat_se: Standard error of ``khat``, 0 where ``khat`` is infinite; see :func:`psis`.
         ess: Effective sample size of the smoothed weights.
         threshold: Largest ``khat`` at which S draws give dependable averages.
+        log_mean: Log of the mean of the smoothed weights, in nats: where the log weights are
+            :math:`\log p(x, z) - \log q(z)`, an estimate of the log evidence.
     """
 
     log_weights: Tensor
@@ -37,6 +38,7 @@ class PSISResult:
     khat_se: float
     ess: float
     threshold: float
+    log_mean: float
 
     @property
     def good(self) -> bool:
@@ -88,7 +90,13 @@ def psis(log_weights: Tensor) -> PSISResult:
     Averages under the weights settle at a practical number of draws while k-hat is below 0.7, and
     for S draws below :math:`\min(1 - 1/\log_{10} S,\; 0.7)`. The standard error is that of the
     shape of a generalised Pareto fit to M points, :math:`(1 + k)/\sqrt{M}`, shrunk as the estimate
-    is by its prior; it leaves out that the tail may not be Pareto above the threshold used.
+    is by its prior, and for negative k, where the theory ends, what repetitions show.
+
+    It says how far k-hat would move with other draws, and not how far it is from the index of an
+    infinite tail, which few draws do not reach. Of Gaussian weights whose index is 0.9, 1000 draws
+    give 0.77 on average where two latents of correlation 0.9 are narrowed to their conditional sds,
+    and 3.2 where ten such latents keep their marginal ones. Where k-hat is not well below its
+    threshold, take more draws.
 
     Args:
         log_weights: Log ratios in nats, shape ``(S,)`` with S at least 25. A constant added
@@ -121,14 +129,26 @@ def psis(log_weights: Tensor) -> PSISResult:
     centred = log_weights.detach().to(torch.float64)
     centred = centred - centred.max()
     smoothed, khat, tail = _smooth(centred)
-    smoothed = normalize(smoothed)
+    total = torch.logsumexp(smoothed, 0)
     return PSISResult(
-        log_weights=smoothed.to(log_weights.dtype),
+        log_weights=(smoothed - total).to(log_weights.dtype),
         khat=khat,
-        khat_se=(1.0 + khat) / math.sqrt(tail) * tail / (tail + 10) if math.isfinite(khat) else 0.0,
+        khat_se=_standard_error(khat, tail),
         ess=float(effective_sample_size(smoothed)),
         threshold=min(1.0 - 1.0 / math.log10(draws), 0.7),
+        log_mean=float(total + log_weights.detach().max()) - math.log(draws),
     )
+
+
+def _standard_error(khat: float, tail: int) -> float:
+    """Of k-hat, from the number of points that the tail was fitted to.
+
+    For k of -0.3 to -1.7 and 100 to 10 000 draws the sd over repetitions is 0.8 to 1.6 over the
+    root of M, where (1 + k) would be near or below zero.
+    """
+    if not math.isfinite(khat):
+        return 0.0
+    return max(1.0 + khat, 1.0, -khat) * math.sqrt(tail) / (tail + 10)
 
 
 def _smooth(

@@ -61,6 +61,108 @@ def test_psis_agrees_with_arviz(draws, k):
             np.testing.assert_allclose(result.log_weights.numpy(), expected, atol=1e-8)
 
 
+def gaussian_log_weights(kind: str, size: int, rho: float, draws: int, seed: int):
+    """Mean-field against unit normals of equal correlation: log weights and their exact index."""
+    covariance = torch.full((size, size), rho) + (1.0 - rho) * torch.eye(size)
+    precision = torch.linalg.inv(covariance)
+    sd = precision.diagonal().rsqrt() if kind == "reverse" else torch.ones(size)
+    scaled = precision * torch.outer(sd, sd)
+    noise = torch.randn(draws, size, generator=torch.Generator().manual_seed(seed))
+    log_weights = 0.5 * noise.square().sum(1) - 0.5 * ((noise @ scaled) * noise).sum(1)
+    return log_weights, 1.0 - float(torch.linalg.eigvalsh(scaled)[0])
+
+
+GAUSSIAN = [("reverse", 2, 0.5), ("forward", 2, 0.5), ("reverse", 10, 0.5), ("forward", 10, 0.9)]
+
+
+@pytest.mark.parametrize("draws", [200, 2000])
+@pytest.mark.parametrize(("kind", "size", "rho"), GAUSSIAN)
+def test_psis_agrees_with_arviz_on_mean_field_weights(kind, size, rho, draws):
+    import arviz as az
+
+    log_weights, _ = gaussian_log_weights(kind, size, rho, draws, seed=3)
+    result = psis(log_weights)
+    if hasattr(az, "psislw"):
+        expected, khat = az.psislw(log_weights.numpy().copy())
+        assert result.khat == pytest.approx(float(khat), abs=1e-8)
+        np.testing.assert_allclose(result.log_weights.numpy(), expected, atol=1e-8)
+    else:  # negated inside; a tail that differs by a draw or two
+        from arviz_stats.base import array_stats
+
+        _, khat = array_stats.psislw(-log_weights.numpy())
+        assert result.khat == pytest.approx(float(khat), abs=result.khat_se / 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "rho", "low", "high"),
+    [
+        ("reverse", 2, 0.5, -0.1, 0.05),
+        ("forward", 2, 0.5, -0.1, 0.1),
+        ("reverse", 2, 0.9, -0.2, 0.0),
+        ("reverse", 10, 0.5, -0.2, 0.0),
+        ("forward", 10, 0.5, -0.3, 0.0),
+        ("forward", 10, 0.9, 1.0, 3.0),  # 1000 draws are far from its limit
+    ],
+)
+def test_khat_of_gaussian_weights_is_near_its_limit_where_documented(kind, size, rho, low, high):
+    # The index is 1 - lambda_min of the scaled precision; 5 standard errors of a mean of 100 beyond
+    # the offsets stated.
+    found = [gaussian_log_weights(kind, size, rho, 1000, seed) for seed in range(100)]
+    khats = torch.tensor([psis(log_weights).khat for log_weights, _ in found])
+    offset, slack = float(khats.mean()) - found[0][1], 5.0 * float(khats.std()) / 10.0
+    assert low - slack < offset < high + slack, offset
+
+
+def bounded(k):
+    """Generalised Pareto weights with a negative index: bounded."""
+    return lambda seed: torch.log1p(
+        -(torch.rand(1000, generator=torch.Generator().manual_seed(seed)) ** -k)
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(bounded(-0.8), id="bounded"),
+        pytest.param(bounded(-0.3), id="slightly bounded"),
+        pytest.param(lambda seed: pareto_log_weights(0.3, 1000, seed), id="light"),
+        pytest.param(lambda seed: pareto_log_weights(1.2, 1000, seed), id="heavy"),
+        pytest.param(lambda seed: gaussian_log_weights("reverse", 10, 0.5, 1000, seed)[0]),
+        pytest.param(lambda seed: gaussian_log_weights("forward", 2, 0.9, 1000, seed)[0]),
+        # The density of these weights rises to their largest: k-hat is below -1.
+        pytest.param(
+            lambda seed: (
+                -1.5 * torch.randn(1000, generator=torch.Generator().manual_seed(seed)).square()
+            ),
+            id="wide",
+        ),
+    ],
+)
+def test_the_stated_error_covers_how_khat_scatters(make):
+    # 95 % of 300 within two standard errors of their mean; z = 4 of a binomial, and 1 % for
+    # asymptotics.
+    results = [psis(make(seed)) for seed in range(300)]
+    khats = torch.tensor([r.khat for r in results])
+    errors = torch.tensor([r.khat_se for r in results])
+    assert (errors > 0.0).all()
+    share = ((khats - khats.mean()).abs() < 2.0 * errors).double().mean()
+    assert 0.89 < share, share
+    assert 0.7 < khats.std() / errors.mean() < 1.3, (khats.std(), errors.mean())
+
+
+def test_log_mean_is_the_log_evidence():
+    assert psis(torch.full((100,), -3.7)).log_mean == pytest.approx(-3.7)
+    noise = torch.randn(20_000)  # q twice as wide as p, whose constant is e^5
+    log_weights = 5.0 + math.log(2.0) - 1.5 * noise.square()
+    result = psis(log_weights)
+    error = math.sqrt(1.0 / result.ess - 1.0 / 20_000)
+    assert abs(result.log_mean - 5.0) < 4.0 * error < 0.1
+    # Smoothing moves the tail only, and the normalised weights by the same constant.
+    low = log_weights.argmin()
+    shift = float(log_weights[low] - result.log_weights[low]) - math.log(20_000)
+    assert result.log_mean == pytest.approx(shift)
+
+
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.9])
 def test_khat_finds_a_known_index_and_states_its_spread(k):
     # 200 replicates: the mean is known to se/sqrt(200), so z = 5 sees a bias of a third of one se.
