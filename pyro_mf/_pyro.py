@@ -28,6 +28,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK, effectful
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_site_shape as _check_site_shape
@@ -414,3 +415,39 @@ def mcmc_divergences(mcmc: Any) -> list[list[int]] | None:
     if not all(d and "divergences" in d for d in mcmc._diagnostics):
         return None
     return [list(d["divergences"]) for d in mcmc._diagnostics]
+
+
+@contextmanager
+def full_plates() -> Iterator[None]:
+    """Make every plate that is created inside visit all of its elements, in order.
+
+    Whether the plate draws its indices or is given them. The size of a subsample is an argument of
+    the plate that no message carries, so the function that reads it is replaced meanwhile; where
+    such blocks nest, each puts back what it found.
+    """
+    own = SubsampleMessenger.__dict__["_subsample"]
+
+    def full(
+        name: str,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        subsample: Any = None,
+        *device: Any,
+    ) -> Any:
+        return own.__func__(name, size, None, None, *device)
+
+    SubsampleMessenger._subsample = staticmethod(full)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = own  # type: ignore[method-assign]
+
+
+def subsampled_plates(trace: Any) -> dict[str, Tensor]:
+    """Indices of the plates of which a trace visits only part, sequential ones included."""
+    nodes = {n: node for n, node in trace.nodes.items() if is_subsample(node)}
+    return {
+        name: torch.as_tensor(node["value"])
+        for name, node in nodes.items()
+        if len(node["value"]) != node["fn"].size
+    }
