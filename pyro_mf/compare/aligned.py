@@ -114,7 +114,7 @@ def _shared_variables(posteriors: Mapping[str, xr.Dataset]) -> list[str]:
 def _flat(posterior: xr.Dataset, targets: Mapping[str, xr.DataArray], name: str) -> np.ndarray:
     parts = []
     for variable, target in targets.items():
-        values = _aligned(posterior[variable].transpose("chain", "draw", ...), target)
+        values = in_order_of(posterior[variable], target)
         if values.shape[2:] != target.shape[2:]:
             raise ValueError(
                 f"one draw of '{variable}' has shape {values.shape[2:]} in '{name}', and "
@@ -130,8 +130,14 @@ def _flat(posterior: xr.Dataset, targets: Mapping[str, xr.DataArray], name: str)
     return np.concatenate(parts, -1)
 
 
-def _aligned(values: xr.DataArray, target: xr.DataArray) -> xr.DataArray:
-    """Axes and labels in the order of ``target``, where both have the same ones."""
+def in_order_of(values: xr.DataArray, target: xr.DataArray) -> xr.DataArray:
+    """Axes and labels in the order of ``target``, where both have the same ones.
+
+    Args:
+        values: Draws; chain and draw come first.
+        target: Others, with chain and draw in front.
+    """
+    values = values.transpose("chain", "draw", ...)
     if set(values.dims) != set(target.dims):
         return values
     values = values.transpose(*target.dims)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from pyro_mf.convert import generations
 from pyro_mf.convert.elpd import elpd_numbers
 from pyro_mf.convert.loo import loo
 
+if TYPE_CHECKING:
+    import xarray as xr
+
 MAX_ELEMENTS = 500  # of the data that are left out in turn, about a millisecond each
 
 
@@ -22,12 +25,14 @@ class Elpd(NamedTuple):
 
     Args:
         pointwise: Per element that was left out, nats.
-        num_bad: For how many of them k-hat is not good.
+        khat: Of the weights without it.
+        num_bad: For how many k-hat is not good.
         size: Elements of the data in all.
         is_doubtful: Whether the estimate can be off by any amount.
     """
 
     pointwise: np.ndarray
+    khat: np.ndarray
     num_bad: int
     size: int
     is_doubtful: bool
@@ -89,6 +94,7 @@ def _elpd(result: Any, log_likelihood: Any, site: str) -> Elpd:
         if g in generations.groups(result)
     }
     groups["log_likelihood"] = flat.to_dataset(name=site)
+    groups = {name: _labelled(ds) for name, ds in groups.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KhatWarning)  # the table is marked instead
         elpd = loo(generations.wrap(groups))
@@ -97,5 +103,15 @@ def _elpd(result: Any, log_likelihood: Any, site: str) -> Elpd:
     khat = khat_of(result)
     high = khat["pareto_k"] > khat["pareto_k_threshold"]
     return Elpd(
-        np.asarray(pointwise, float).ravel(), numbers.num_bad, size, numbers.num_bad > 0 or high
+        pointwise=np.asarray(pointwise, float).ravel(),
+        khat=numbers.khat,
+        num_bad=numbers.num_bad,
+        size=size,
+        is_doubtful=numbers.num_bad > 0 or high,
     )
+
+
+def _labelled(ds: xr.Dataset) -> xr.Dataset:
+    """With labels for chains and draws, which results made by hand may lack."""
+    missing = {dim: range(ds.sizes[dim]) for dim in ("chain", "draw") if dim not in ds.coords}
+    return ds.assign_coords(missing) if missing else ds

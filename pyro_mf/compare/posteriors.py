@@ -106,13 +106,14 @@ def compare_posteriors(nuts: Any, fits: Mapping[str, Any]) -> PosteriorCompariso
     summary = pd.DataFrame.from_dict(summaries, orient="index").rename_axis("fit")
     if summary["mmd2"].isna().any():
         notes.append(f"No MMD where fewer than {MIN_DRAWS} effective draws are left.")
-    predictive, missing = predict(results)
+    predictions = predict(results)
     report = PosteriorComparison(
         table=pd.concat(tables, names=["fit"]),
         summary=summary.assign(nuts_doubtful=baseline.is_doubtful),
-        predictive=predictive,
+        predictive=predictions.table,
+        loo_khat=predictions.loo_khat,
         baseline=baseline,
-        notes=(*notes, *missing),
+        notes=(*notes, *predictions.notes),
         draws=draws,
         results=results,
     )

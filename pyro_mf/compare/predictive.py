@@ -6,10 +6,11 @@ are correlated, so a fit with perfect marginals can be far too wide there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pyro_mf.compare.aligned import in_order_of
 from pyro_mf.compare.elpd import left_out
 from pyro_mf.compare.inputs import group, is_independent
 from pyro_mf.compare.statistics import TINY, mean_variance
@@ -42,15 +43,26 @@ COLUMNS = (
 )
 
 
-def predict(results: dict[str, Any]) -> tuple[pd.DataFrame, list[str]]:
+class Predictions(NamedTuple):
+    """What :func:`predict` returns.
+
+    Args:
+        table: Indexed by ``fit`` and ``site``; see :class:`~pyro_mf.compare.PosteriorComparison`.
+            Empty where results hold nothing to compare.
+        loo_khat: By site and result, k-hat of the weights without each element of the data.
+        notes: Sentences on what could not be computed.
+    """
+
+    table: pd.DataFrame
+    loo_khat: dict[str, dict[str, np.ndarray]]
+    notes: list[str]
+
+
+def predict(results: dict[str, Any]) -> Predictions:
     """All predictive measures, a row per result and site.
 
     Args:
         results: By name, NUTS first.
-
-    Returns:
-        Indexed by ``fit`` and ``site``; see :class:`~pyro_mf.compare.PosteriorComparison`. Empty
-        where results hold nothing to compare. And sentences on what could not be computed.
     """
     import pandas as pd
 
@@ -58,12 +70,13 @@ def predict(results: dict[str, Any]) -> tuple[pd.DataFrame, list[str]]:
     observed = group(results[names[0]], "observed_data")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     notes: list[str] = []
+    loo_khat: dict[str, dict[str, np.ndarray]] = {}
     for site, kind in _sites(results, observed).items():
         source = "posterior" if kind == "local" else "posterior_predictive"
         draws = {name: group(result, source) for name, result in results.items()}
         held = {name: ds for name, ds in draws.items() if ds is not None and site in ds}
         if names[0] in held:
-            target = held[names[0]][site]
+            target = held[names[0]][site].transpose("chain", "draw", ...)
             base = _flat(target, target)
             data = None if kind == "local" or observed is None else observed.get(site)
             for name, ds in held.items():
@@ -76,13 +89,15 @@ def predict(results: dict[str, Any]) -> tuple[pd.DataFrame, list[str]]:
                 rows.setdefault((name, site), {"kind": kind}).update(row)
             elpds, missing = left_out(results, site)
             notes += missing
+            loo_khat |= {site: {n: e.khat for n, e in elpds.items()}} if elpds else {}
             for name, elpd in elpds.items():
                 reference = None if name == names[0] else elpds.get(names[0])
                 rows[name, site].update(elpd.row(reference))
     ordered = sorted(rows, key=lambda key: names.index(key[0]))
     index = pd.MultiIndex.from_tuples(ordered, names=["fit", "site"]) if rows else None
     table = pd.DataFrame([rows[key] for key in ordered], index, columns=list(COLUMNS))
-    return table.assign(elpd_doubtful=table["elpd_doubtful"].eq(True)), notes
+    table = table.assign(elpd_doubtful=table["elpd_doubtful"].eq(True))
+    return Predictions(table, loo_khat, notes)
 
 
 def _sites(results: dict[str, Any], observed: xr.Dataset | None) -> dict[str, str]:
@@ -105,11 +120,8 @@ def _sites(results: dict[str, Any], observed: xr.Dataset | None) -> dict[str, st
 
 def _flat(values: xr.DataArray, target: xr.DataArray) -> np.ndarray | None:
     """Draws (chain, draw, N), ``None`` where observations are others than those of ``target``."""
-    if set(values.dims) == set(target.dims):
-        values = values.transpose(*target.transpose("chain", "draw", ...).dims)
-    else:
-        values = values.transpose("chain", "draw", ...)
-    if values.shape[2:] != target.transpose("chain", "draw", ...).shape[2:]:
+    values = in_order_of(values, target)
+    if values.shape[2:] != target.shape[2:]:
         return None
     return np.asarray(values.values, float).reshape(*values.shape[:2], -1)
 

@@ -32,16 +32,17 @@ def render(report: PosteriorComparison) -> Group:
     """
     parts: list[Any] = [Text(str(report.baseline))]
     parts += [Text(note, style="bold red") for note in report.notes]
+    doubt = " [NUTS is doubtful, see above]" if report.baseline.is_doubtful else ""
     title = "Error in NUTS standard deviations, ± Monte Carlo error"
     if (hidden := len(report.parameters) - SHOWN) > 0:
         title += f" (the {SHOWN} furthest apart; {hidden} more in .table)"
     if report.doubtful:
         title += f"; NUTS has not converged in parameters marked{MARK}"
-    parts += [Text(title), _parameters(report)]
-    parts += [Text("Per fit: worst parameter (median parameter)"), _worst(report.summary)]
-    parts += [Text("Per fit, jointly"), _jointly(report.summary)]
+    parts += [Text(title + doubt), _parameters(report)]
+    parts += [Text(f"Per fit: worst parameter (median parameter){doubt}"), _worst(report.summary)]
+    parts += [Text(f"Per fit, jointly{doubt}"), _jointly(report.summary)]
     if len(report.predictive):
-        parts += [Text(PREDICTIONS)]
+        parts += [Text(PREDICTIONS + doubt)]
         parts += [_predictive(report.predictive)]
     return Group(*parts)
 

@@ -48,6 +48,8 @@ class PosteriorComparison:
         notes: What a reader has to know before believing the tables; also in their ``.attrs``.
         draws: Draws by name, ``"NUTS"`` first, each of shape (chain, draw, parameter).
         results: The ArviZ results that were compared, by name, ``"NUTS"`` first.
+        loo_khat: By observed site and result, k-hat of the weights without each observation (500 of
+            them, where there are more).
     """
 
     table: pd.DataFrame
@@ -57,6 +59,7 @@ class PosteriorComparison:
     notes: tuple[str, ...]
     draws: dict[str, np.ndarray] = field(repr=False)
     results: dict[str, Any] = field(repr=False)
+    loo_khat: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> list[str]:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from pyro_mf import plots
 from pyro_mf.compare import compare_posteriors
 from pyro_mf.convert.generations import wrap
 from pyro_mf.plots import plot_comparison
+from pyro_mf.plots.densities import density
+from pyro_mf.plots.forest import LIMIT
+from pyro_mf.plots.overview import MAX_FOREST
 
 
 @pytest.fixture(autouse=True)
@@ -63,23 +65,23 @@ def test_the_forest_shows_distances_in_nuts_sds():
 def test_a_mean_out_of_sight_is_an_arrow_at_the_edge():
     figure = plot_comparison(report(num_fits=1, shift=-50.0), max_densities=0)
     axes = figure.axes[0]
-    assert axes.get_xlim() == (-plots.LIMIT, plots.LIMIT)
+    assert axes.get_xlim() == (-LIMIT, LIMIT)
     (arrow,) = [line for line in axes.get_lines() if line.get_marker() == "<"]
-    np.testing.assert_array_equal(arrow.get_xdata(), -plots.LIMIT)
+    np.testing.assert_array_equal(arrow.get_xdata(), -LIMIT)
 
 
 def test_densities_integrate_to_one():
     rng = np.random.default_rng(0)
     for sample in (rng.normal(size=3000), rng.exponential(size=3000)):
-        grid, density = plots._density(sample, sample.min(), sample.max())
-        assert np.sum(density) * (grid[1] - grid[0]) == pytest.approx(1, rel=1e-6)
+        grid, curve = density(sample, sample.min(), sample.max())
+        assert np.sum(curve) * (grid[1] - grid[0]) == pytest.approx(1, rel=1e-6)
 
 
 def test_the_density_at_a_hard_bound_is_not_halved():
     """3000 exponential draws, bandwidth 0.15: bias below 10 %, standard error about 5 %."""
     sample = np.random.default_rng(0).exponential(size=3000)
-    _, density = plots._density(sample, 0.0, sample.max())
-    assert density[0] == pytest.approx(1.0, abs=0.25)
+    _, curve = density(sample, 0.0, sample.max())
+    assert curve[0] == pytest.approx(1.0, abs=0.25)
 
 
 def test_only_the_furthest_densities_are_drawn():
@@ -95,7 +97,7 @@ def test_many_parameters_are_set_in_columns():
 
 
 def test_of_very_many_parameters_the_furthest_are_kept():
-    assert len(labels(plot_comparison(report(size=200), max_densities=0))) == plots.MAX_FOREST
+    assert len(labels(plot_comparison(report(size=200), max_densities=0))) == MAX_FOREST
 
 
 @pytest.mark.parametrize(
