@@ -111,7 +111,8 @@ def asymmetry(log_joint: LogJoint, z: Tensor, centre: Tensor) -> Asymmetry:
         )
     here, there = values.double().chunk(2)
     difference = here - there
-    nats = float(difference.nan_to_num(nan=0.0).abs().quantile(0.9))
+    apart = torch.where(difference.isnan(), 0.0, difference.abs())  # zero on both sides
+    nats = float(apart.quantile(0.9, interpolation="higher"))
     if not bool(torch.isfinite(values).all()):  # a wall on one side
         unknown = torch.full_like(gradients[0], math.nan)
         return Asymmetry(log_joint.layout, 1.0, 0.0, nats, unknown)

@@ -16,6 +16,10 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch.distributions import biject_to
 
 from pyro_mf.density import LogJoint
+from pyro_mf.diagnostics.evidence import evidence_bracket
+from pyro_mf.diagnostics.full_data import on_full_data
+from pyro_mf.diagnostics.importance import importance_resample
+from pyro_mf.diagnostics.proposals import guide_proposal
 from pyro_mf.guides import AutoMeanField, log_importance_weights
 from pyro_mf.objectives import ReverseKL
 
@@ -90,3 +94,39 @@ def test_a_wrong_jacobian_would_be_seen() -> None:
     log_joint = LogJoint(model, args)
     without = log_joint(z) - log_joint.evaluate(z).log_abs_det
     assert float(without.std()) > 0.1
+
+
+@pytest.mark.parametrize("plates", [False, True])
+@pytest.mark.parametrize("name", ["real", "positive", "simplex", "correlation Cholesky"])
+def test_everything_by_weights_is_exact_at_the_posterior(name, plates) -> None:
+    args = (*SUPPORTS[name], plates)
+    guide = AutoMeanField(model)
+    guide.setup(*args)
+    loc = torch.linspace(-0.5, 0.7, 3) if SUPPORTS[name][1] else torch.tensor(0.3)
+    guide.locs.z, guide.scales.z = loc, torch.tensor(0.4)
+    log_joint = LogJoint(model, args)
+    proposal = guide_proposal(guide, log_joint)
+    bracket = evidence_bracket(log_joint, proposal, num_draws=256)
+    assert abs(bracket.elbo) < 1e-8
+    assert abs(bracket.log_evidence) < 1e-8
+    assert max(abs(e.elbo) for e in bracket.multi_draw.values()) < 1e-8
+    assert bracket.khat == -torch.inf
+    found = importance_resample(log_joint, proposal, num_draws=100, num_proposals=100, seed=3)
+    assert found.good
+    assert found.num_distinct == 100  # equal weights: a permutation of the proposals
+    z, _ = proposal(100, 3)
+    torch.testing.assert_close(found.z.sort(0).values, z.sort(0).values)
+
+
+def subsampled(size: int | None) -> None:
+    with pyro.plate("p", 20, subsample_size=size):
+        pyro.sample("z", dist.Normal(0.3, 0.4))
+
+
+def test_log_weights_of_a_subsampled_model_are_zero_on_full_data() -> None:
+    guide = AutoMeanField(subsampled)
+    guide.setup(5)
+    guide.locs.z, guide.scales.z = torch.tensor(0.3), torch.tensor(0.4)
+    full = on_full_data(subsampled, (5,))
+    weights = log_importance_weights(full, guide, (5,), num_draws=50)
+    assert float(weights.abs().max()) < 1e-10
