@@ -51,7 +51,7 @@ def plot_comparison(
         ValueError: If a name in ``var_names`` is unknown, or there are more than six fits.
 
     Example:
-        >>> import xarray as xr
+        >>> import numpy as np, xarray as xr
         >>> from pyro_mf.compare import compare_posteriors
         >>> from pyro_mf.convert.generations import wrap
         >>> z = np.random.default_rng(0).normal(size=(4, 500))
