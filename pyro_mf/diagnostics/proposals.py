@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from pyro_mf.convert.guide_draws import check_ready, draw_guide, is_factorised
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.guides.matching import check_same_sites
 from pyro_mf.solvers.evidence import gaussian_log_prob
 from pyro_mf.solvers.linear_response import LinearResponse
+
+_MAX_BYTES = 2**28  # of intermediate values at once
 
 
 class Draw(Protocol):
@@ -122,7 +125,8 @@ def weigh(log_joint: LogJoint, draw: Draw, num: int, seed: int) -> tuple[Tensor,
         seed: Their seed.
 
     Returns:
-        Draws, shape ``(num, D)``, and log weights in nats, ``(num,)``, in double precision.
+        Draws, shape ``(num, D)``, and log weights in nats, ``(num,)``, in double precision;
+        ``-inf`` where the model's density is zero or raises an error.
 
     Raises:
         ValueError: If a log weight is NaN or ``+inf``, or the shapes are not as promised.
@@ -134,7 +138,7 @@ def weigh(log_joint: LogJoint, draw: Draw, num: int, seed: int) -> tuple[Tensor,
             f"densities of shape ({num},); got {tuple(z.shape)} and {tuple(log_q.shape)}."
         )
     z = z.to(dtype=log_joint.dtype, device=log_joint.device)
-    log_weights = log_joint(z).double() - log_q.to(log_joint.device).double()
+    log_weights = values_at(log_joint, z).double() - log_q.to(log_joint.device).double()
     bad = int((log_weights.isnan() | (log_weights == torch.inf)).sum())
     if bad:
         raise ValueError(
@@ -142,3 +146,35 @@ def weigh(log_joint: LogJoint, draw: Draw, num: int, seed: int) -> tuple[Tensor,
             "is not finite there. result.log_joint.evaluate(z) shows which site is to blame."
         )
     return z, log_weights
+
+
+def values_at(log_joint: LogJoint, z: Tensor) -> Tensor:
+    """Log joint at any number of rows in bounded memory, shape ``(S,)``.
+
+    Args:
+        log_joint: The model.
+        z: Unconstrained vectors, shape ``(S, D)``; ``-inf`` at those where the model raises.
+    """
+    try:
+        return torch.cat([log_joint(rows) for rows in z.split(_rows_at_once(log_joint))])
+    except (RuntimeError, ValueError):  # a Cholesky that fails at some row
+        return Blocks(log_joint).values(z)
+
+
+def gradients_at(log_joint: LogJoint, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with gradients, shape ``(S, D)``; zero where the model raises.
+
+    Args:
+        log_joint: The model.
+        z: Unconstrained vectors, shape ``(S, D)``.
+    """
+    try:
+        parts = [log_joint.value_and_grad(rows) for rows in z.split(_rows_at_once(log_joint))]
+    except (RuntimeError, ValueError):
+        return Blocks(log_joint).value_and_grad(z)
+    values, gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, gradients
+
+
+def _rows_at_once(log_joint: LogJoint) -> int:
+    return max(1, _MAX_BYTES // max(1, log_joint.footprint.num_bytes))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.density.sites import Layout
+from pyro_mf.diagnostics.proposals import gradients_at
 
 _MIN_DRAWS = 25
 _GROUPS = 20  # of draws, each left out once, for the standard error
@@ -103,17 +104,18 @@ def asymmetry(log_joint: LogJoint, z: Tensor, centre: Tensor) -> Asymmetry:
     _check(log_joint, z, centre)
     z = z.detach().to(dtype=log_joint.dtype, device=log_joint.device)
     mirrored = 2.0 * centre.detach().to(z) - z
-    values, gradients = log_joint.value_and_grad(torch.cat([z, mirrored]))
-    if bool(values.isnan().any()):
-        raise ValueError(
-            f"the log density is NaN at {int(values.isnan().sum())} of {len(values)} draws and "
-            "mirror images. log_joint.evaluate(z) shows which site is to blame."
-        )
+    values, gradients = gradients_at(log_joint, torch.cat([z, mirrored]))
     here, there = values.double().chunk(2)
+    if bool(here.isnan().any()):
+        raise ValueError(
+            f"the log density is NaN at {int(here.isnan().sum())} of {len(z)} draws. "
+            "log_joint.evaluate(z) shows which site is to blame."
+        )
+    there = torch.where(there.isnan(), -math.inf, there)  # no density as far out as that
     difference = here - there
     apart = torch.where(difference.isnan(), 0.0, difference.abs())  # zero on both sides
     nats = float(apart.quantile(0.9, interpolation="higher"))
-    if not bool(torch.isfinite(values).all()):  # a wall on one side
+    if not bool(torch.isfinite(difference).all()):  # a wall on one side
         unknown = torch.full_like(gradients[0], math.nan)
         return Asymmetry(log_joint.layout, 1.0, 0.0, nats, unknown)
     index, index_se = _with_error(here, there)

@@ -349,6 +349,35 @@ def test_draws_where_the_model_has_no_density_are_left_out():
         importance_resample(LogJoint(impossible), wide, num_draws=500)
 
 
+def test_draws_at_which_the_model_raises_have_no_weight():
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        factor = torch.linalg.cholesky(torch.eye(2) + a * (1.0 - torch.eye(2)))
+        pyro.factor("f", 0.0 * factor.sum())
+
+    wide = proposal_of(torch.zeros(1), torch.eye(1))
+    found = importance_resample(LogJoint(model), wide, num_draws=200, num_proposals=400)
+    assert (found.z.abs() < 1.0).all()
+    lopsided = asymmetry(LogJoint(model), normal(50, 1, seed=42) * 0.2, torch.full((1,), 0.9))
+    assert lopsided.index == 1.0
+
+
+def test_many_rows_are_taken_in_parts(monkeypatch):
+    log_joint = gaussian(LOC, COVARIANCE)
+    z = normal(100, SIZE, seed=43)
+    whole = (
+        asymmetry(log_joint, z, LOC + 1.0),
+        evidence_bracket(log_joint, proposal_of(LOC, REVERSE)),
+    )
+    monkeypatch.setattr("pyro_mf.diagnostics.proposals._MAX_BYTES", 30_000)
+    parts = (
+        asymmetry(log_joint, z, LOC + 1.0),
+        evidence_bracket(log_joint, proposal_of(LOC, REVERSE)),
+    )
+    assert parts[0].index == pytest.approx(whole[0].index, abs=1e-12)
+    assert parts[1].elbo == pytest.approx(whole[1].elbo, abs=1e-10)
+
+
 def conjugate(x):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
