@@ -11,6 +11,7 @@ from pyro_mf.compare.statistics import arviz_statistic, effective_sample_size
 from pyro_mf.convert import generations
 
 MAX_RHAT = 1.05
+STILL = 100.0  # R-hat of chains that do not move, up to rounding
 MIN_ESS = 100
 MIN_BFMI = 0.3
 DEEP_TREE = 10  # where Pyro, nutpie and Stan stop by default
@@ -108,7 +109,7 @@ def judge_parameters(draws: np.ndarray) -> dict[str, np.ndarray]:
     rhat = np.full(draws.shape[-1], np.nan)
     if draws.shape[0] > 1:
         rhat = arviz_statistic("rhat", draws)
-        rhat = np.where(np.isfinite(rhat), rhat, np.inf)  # chains that stand still
+        rhat = np.where(rhat < STILL, rhat, np.inf)
     bulk, tail = (
         effective_sample_size(draws, independent=False, method=m) for m in ("bulk", "tail")
     )

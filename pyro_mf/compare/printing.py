@@ -32,7 +32,7 @@ def render(report: PosteriorComparison) -> Group:
     """
     parts: list[Any] = [Text(str(report.baseline))]
     parts += [Text(note, style="bold red") for note in report.notes]
-    doubt = " [NUTS is doubtful, see above]" if report.baseline.is_doubtful else ""
+    doubt = " [NUTS is doubtful]" if report.baseline.is_doubtful else ""
     title = "Error in NUTS standard deviations, ± Monte Carlo error"
     if (hidden := len(report.parameters) - SHOWN) > 0:
         title += f" (the {SHOWN} furthest apart; {hidden} more in .table)"
