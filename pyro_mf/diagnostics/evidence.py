@@ -27,7 +27,8 @@ from pyro_mf.weights import psis
 
 _MIN_BATCHES = 32  # at the largest K, for a standard error
 _NUM_ORDERS = 20  # in which draws are put together
-_MAX_Z = 4.0  # standard errors by which EUBO may be below ELBO by chance
+# Standard errors by which the EUBO may be below the ELBO by chance, and of it by rounding.
+_MAX_Z, _ROUNDING = 4.0, 1e-6
 _SCARCE = 100.0  # effective draws
 
 
@@ -78,7 +79,10 @@ class EvidenceBracket:
     @property
     def contradicts_itself(self) -> bool:
         """Whether the EUBO is below the ELBO by more than chance."""
-        return math.isfinite(self.eubo_se) and self.gap.elbo < -_MAX_Z * self.gap.se
+        if not math.isfinite(self.eubo_se):
+            return False
+        allowed = _MAX_Z * self.gap.se + _ROUNDING * (1.0 + abs(self.eubo))
+        return self.gap.elbo < -allowed
 
 
 @torch.no_grad()

@@ -45,15 +45,13 @@ def marginal_khats(
     """k-hat of every element of the sites whose elements are mapped one by one, by its name."""
     if layout.size > _MAX_LATENTS:
         return {}
-    z = z[:_NUM_MARGINAL]
-    log_q = None if claim.elementwise is None else claim.elementwise(z)
     try:
         found = site_khats(
             layout,
-            z,
+            z[:_NUM_MARGINAL],
             draws.z,
             log_weights=draws.log_weights,
-            log_q=log_q,
+            log_q=claim.elementwise,
             reference_ess=draws.diagnostics.get("ess"),
         )
     except ValueError:  # too few draws of the posterior, or a point in place of a density

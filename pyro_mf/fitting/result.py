@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pyro_mf.diagnostics.diagnosis import Diagnosis
+    from pyro_mf.diagnostics.importance import ImportanceResample
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -308,6 +309,47 @@ class FitResult:
     def _draw(self, num_draws: int, seed: int) -> GuideDraws:
         args, kwargs = self.problem.model_args, self.problem.model_kwargs
         return draw_guide(self.guide, args, kwargs, self.layout, num_draws, seed)
+
+    def importance_resample(
+        self,
+        num_draws: int = 1000,
+        *,
+        linear_response: bool = False,
+        num_proposals: int | None = None,
+        seed: int = 0,
+    ) -> ImportanceResample:
+        """Draws of the posterior: those of the fit, resampled by Pareto-smoothed weights.
+
+        Args:
+            num_draws: Number of draws, at least 1.
+            linear_response: Whether to weight draws of the Gaussian of :meth:`linear_response`,
+                which is much nearer to the posterior than the mean field wherever latents depend on
+                one another.
+            num_proposals: Number of draws that are weighted, at least 25; by default ten per draw
+                and at least 4000.
+            seed: Seed of everything random.
+
+        Returns:
+            The draws by site in ``samples``, k-hat with its error and threshold, the effective
+            sample size, and ``to_arviz()``.
+
+        Raises:
+            LinearResponseError: If linear response is asked for and there is none.
+            ModelError: If the model subsamples its data in a way that cannot be undone.
+            ValueError: If a number is too small, or there are no weights.
+
+        Warns:
+            KhatWarning: If k-hat is above its threshold: these are then not draws of the posterior.
+        """
+        from pyro_mf.fitting.verdicts import importance_resample_result
+
+        return importance_resample_result(
+            self,
+            num_draws,
+            linear_response=linear_response,
+            num_proposals=num_proposals,
+            seed=seed,
+        )
 
     def diagnose(
         self,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyro_mf._errors import ModelError
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import LogJoint
 from pyro_mf.diagnostics.check import Check, Status
@@ -14,6 +15,8 @@ from pyro_mf.diagnostics.claim import Claim, claim_of_draws, claim_of_guide, cla
 from pyro_mf.diagnostics.diagnose import DEFAULT_BUDGET, Known, judge
 from pyro_mf.diagnostics.diagnosis import Diagnosis
 from pyro_mf.diagnostics.errors import MAX_SD
+from pyro_mf.diagnostics.full_data import on_full_data
+from pyro_mf.diagnostics.importance import ImportanceResample, importance_resample
 from pyro_mf.diagnostics.reference import Reference, Start, start_of_draws
 from pyro_mf.fitting.problem import at_least
 from pyro_mf.fitting.progress import ProgressBar
@@ -79,13 +82,13 @@ def diagnose(
     at_least("seed", seed, 0)
     at_least("max_gradients", max_gradients, 1)
     with torch.inference_mode(mode=False), torch.enable_grad(), forked_seed(seed):
-        log_joint = LogJoint(model, model_args, model_kwargs)
+        log_joint = full_density(model, model_args, model_kwargs)
         claim = claim_of_guide(guide, log_joint)
         with ProgressBar(shown=progress) as bar:
             return judge(
                 log_joint,
                 claim,
-                Known(),
+                Known(checks=_unjudged(guide)),
                 seed=seed,
                 max_gradients=max_gradients,
                 report=bar.labelled("diagnosis"),
@@ -111,12 +114,13 @@ def diagnose_result(
     if linear_response and draws:
         raise ValueError("linear_response and draws exclude each other. Choose one.")
     with torch.inference_mode(mode=False), torch.enable_grad(), forked_seed(seed):
-        claim = _claim(result, linear_response=linear_response, draws=draws)
+        log_joint = _density(result)
+        claim = _claim(result, log_joint, linear_response=linear_response, draws=draws)
         checks = _checks(result, is_mean_field=not linear_response)
         known = Known(_start(result), checks, _reference(result))
         with ProgressBar(shown=progress) as bar:
             return judge(
-                result.log_joint,
+                log_joint,
                 claim,
                 known,
                 seed=seed,
@@ -125,12 +129,65 @@ def diagnose_result(
             )
 
 
-def _claim(result: FitResult, *, linear_response: bool, draws: bool) -> Claim:
+def importance_resample_result(
+    result: FitResult,
+    num_draws: int,
+    *,
+    linear_response: bool,
+    num_proposals: int | None,
+    seed: int,
+) -> ImportanceResample:
+    """See :meth:`pyro_mf.FitResult.importance_resample`.
+
+    Raises:
+        ValueError: If the guide has no density.
+    """
+    log_joint = _density(result)
+    claim = _claim(result, log_joint, linear_response=linear_response, draws=False)
+    if claim.proposal is None:
+        raise ValueError("the guide's density is not known, so its draws have no weights.")
+    return importance_resample(
+        log_joint, claim.proposal, num_draws=num_draws, num_proposals=num_proposals, seed=seed
+    )
+
+
+def full_density(
+    model: Callable[..., Any],
+    model_args: tuple[Any, ...] = (),
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LogJoint:
+    """The density of a model on its full data, also where it subsamples them by a plate's indices.
+
+    Raises:
+        ModelError: If it takes its minibatches in any other way.
+    """
+    return LogJoint(on_full_data(model, model_args, model_kwargs), model_args, model_kwargs)
+
+
+def _density(result: FitResult) -> LogJoint:
+    try:
+        return result.log_joint
+    except ModelError:
+        problem = result.problem
+        return full_density(problem.model, problem.model_args, problem.model_kwargs)
+
+
+def _claim(result: FitResult, log_joint: LogJoint, *, linear_response: bool, draws: bool) -> Claim:
     if linear_response:
         return claim_of_response(result.linear_response())
     if draws:
         return claim_of_draws(result.posterior_draws())
-    return claim_of_guide(result.guide, result.log_joint)
+    return claim_of_guide(result.guide, log_joint)
+
+
+def _unjudged(guide: Any) -> tuple[Check, ...]:
+    """What the verdict does not cover: factors of discrete sites, which the density sums out."""
+    names = [site.name for site in getattr(guide, "discrete_sites", ())]
+    if not names:
+        return ()
+    text = f"the probabilities of {names} are not judged: the posterior's draws sum them out"
+    advice = "hold them to an exact enumeration (pyro.infer.infer_discrete) where they matter"
+    return (Check("discrete sites", "amber", text, advice),)
 
 
 def _start(result: FitResult) -> Start | None:
@@ -151,7 +208,7 @@ def _reference(result: FitResult) -> Reference | None:
 
 def _checks(result: FitResult, *, is_mean_field: bool) -> tuple[Check, ...]:
     """What the fit says of itself; it counts where nothing better is known."""
-    checks = [_certificate(result)]
+    checks = [_certificate(result), *_unjudged(result.guide)]
     modes = describe_modes(result.restarts, result.guide) if len(result.restarts) > 1 else None
     if len(result.restarts) > 1:
         text = f"{len(result.restarts)} starts, {modes or 'which agree'}"
