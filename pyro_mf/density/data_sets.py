@@ -50,6 +50,8 @@ class DataSets:
     def __init__(self, log_joint: LogJoint, arguments: Sequence[Arguments]) -> None:
         self.log_joint = log_joint
         self._arguments = list(arguments)
+        first = signature(log_joint.model_args, log_joint.model_kwargs)
+        self._is_alike = [signature(*one) == first for one in self._arguments]
         self.obstacle = self._describe_obstacle()
         if not self.obstacle:
             self.obstacle = self._capture()
@@ -59,10 +61,7 @@ class DataSets:
 
     def shares_capture(self, index: int) -> bool:
         """Whether a data set has the shapes and constants of the first."""
-        args, kwargs = self._arguments[index]
-        own = signature(self.log_joint.model_args, self.log_joint.model_kwargs)
-        is_frozen = self.log_joint.program.function.is_frozen
-        return not is_frozen and signature(args, kwargs) == own
+        return self._is_alike[index] and not self.log_joint.program.function.is_frozen
 
     def at(
         self, index: int, evaluate: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MIN_SIMULATIONS = 20
 # Chance of any false alarm, over all parameters and tests.
 LEVEL = 0.05
+NUM_TESTS = 3  # per parameter: of bias, of the sd, and of uniformity
 # Errors that are serious: of a location in posterior sds, and of an sd as a factor.
 MAX_BIAS, MAX_FACTOR = 0.25, 1.25
 # Share of fits that may be missing before nothing can be called fine.
@@ -169,15 +170,15 @@ class Calibration:
         bias, ratio = found.bias[k], found.sd_ratio[k]
         faults, is_small = [], []
         if p_values[0] < LEVEL:
-            faults.append("biased high" if bias > 0 else "biased low")
+            faults.append("high" if bias > 0 else "low")
             is_small.append(abs(bias) < MAX_BIAS)
         if p_values[1] < LEVEL:
-            faults.append("too narrow" if ratio < 1 else "too wide")
+            faults.append("narrow" if ratio < 1 else "wide")
             is_small.append(1 / MAX_FACTOR < ratio < MAX_FACTOR)
         if not faults and p_values[2] < LEVEL:
             return "wrong shape"
         if faults:
-            return ("slightly " if all(is_small) else "") + ", ".join(faults)
+            return ("slightly " if all(is_small) else "") + f"too {' and '.join(faults)}"
         return "fine" if self._is_shown_fine(found, k) else "cannot tell"
 
     def _is_shown_fine(self, found: Miscalibration, k: int) -> bool:
@@ -217,8 +218,9 @@ class Calibration:
         if (hidden := len(self.parameters) - _SHOWN) > 0:
             title += f", {_SHOWN} of {len(self.parameters)}; {hidden} more in .table"
         foot = (
-            "bias (too high: +) and sd ratio in sds as they should be, ± standard errors. Chance "
-            f"of any false alarm in this table: at most {LEVEL:.0%}."
+            "bias (too high: +) in sds as they should be, sd over the sd as it should be, share of "
+            "truths in central intervals, each ± standard error; p adjusted for the number of "
+            f"tests: the chance of any false alarm is at most {LEVEL:.0%}."
         )
         if self.num_draws is not None:
             foot += (
@@ -238,11 +240,14 @@ class Calibration:
         from rich.text import Text
 
         table = Table(box=SIMPLE_HEAD)
-        table.add_column("parameter", no_wrap=True)
-        for name in ("bias", "sd ratio", "50 % covers", "90 % covers", "p adjusted"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        for name in self.worst(_SHOWN):
+        table.add_column("parameter", no_wrap=True)  # the only one that may be cut
+        for name, width in (("bias", 12), ("sd ratio", 11), ("in 50 %", 10), ("in 90 %", 10)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column("p", justify="right", no_wrap=True, min_width=8)
+        shown = self.worst(_SHOWN)
+        longest = max(map(len, self.table["verdict"][shown]))
+        table.add_column("verdict", no_wrap=True, min_width=longest)
+        for name in shown:
             row = self.table.loc[name]
             table.add_row(
                 Text(name),

@@ -16,6 +16,7 @@ from pyro_mf._errors import ModelError
 from pyro_mf.convert.predictive import draw_prior
 from pyro_mf.convert.vectorise import forked_seed
 from pyro_mf.density import LogJoint
+from pyro_mf.density.checks import headline
 from pyro_mf.density.data_sets import Arguments
 
 _MAX_LOST = 0.01  # share of draws that may lie at infinity on the unconstrained axis
@@ -36,6 +37,22 @@ class Simulations:
     arguments: list[Arguments]
 
 
+def draw_sites(
+    model: Callable[..., Any], arguments: Arguments, num: int, names: list[str], seed: int
+) -> dict[str, Tensor]:
+    """Joint draws of some sites, latent and observed.
+
+    Raises:
+        ModelError: If the model fails, or has no such site.
+    """
+    try:
+        return draw_prior(model, *arguments, num=num, sites=names, seed=seed)
+    except KeyError as error:
+        raise ModelError(f"the model has no sample site {error.args[0]!r}.") from error
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the model fails at a draw from its prior: {headline(error)}.") from error
+
+
 def draw_jointly(
     model: Callable[..., Any],
     arguments: Arguments,
@@ -50,7 +67,7 @@ def draw_jointly(
         ModelError: If too many are.
     """
     spare = 2 + int(_MAX_LOST * num)
-    draws = draw_prior(model, *arguments, num=num + spare, sites=names, seed=seed)
+    draws = draw_sites(model, arguments, num + spare, names, seed)
     z = log_joint.layout.unconstrain(draws).double().cpu()
     kept = torch.isfinite(z).all(1).nonzero().reshape(-1)[:num]
     if len(kept) < num:

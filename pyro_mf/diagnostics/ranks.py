@@ -8,6 +8,7 @@ numbers however few the draws.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,7 +54,8 @@ class Ranks:
         self._layout: Layout = log_joint.layout
         self._deterministic, self.num_draws = deterministic, num_draws
         self._num_latent = sum(site.shape.numel() for site in self._layout.sites)
-        names = Quantities(log_joint).names
+        self._quantities = Quantities(log_joint)
+        names = self._quantities.names
         self.names = names if deterministic else names[: self._num_latent]
 
     def __call__(
@@ -92,7 +94,9 @@ class Ranks:
 
     def _values(self, log_joint: LogJoint, z: Tensor) -> np.ndarray:
         if self._deterministic:
-            return Quantities(log_joint).at(z).numpy()
+            quantities = copy.copy(self._quantities)  # with the shapes that it has found
+            quantities.log_joint = log_joint
+            return quantities.at(z).numpy()
         values = self._layout.constrain(z)
         return torch.cat([v.reshape(len(z), -1).double() for v in values.values()], 1).numpy()
 

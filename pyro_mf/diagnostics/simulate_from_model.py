@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_mf import _pyro
 from pyro_mf._errors import ModelError
-from pyro_mf.convert.predictive import draw_prior
 from pyro_mf.density import LogJoint
 from pyro_mf.density.checks import is_data
 from pyro_mf.density.data_sets import Arguments
@@ -21,6 +20,7 @@ from pyro_mf.diagnostics.joint_draws import (
     bind,
     check_observes,
     draw_jointly,
+    draw_sites,
     signature_of,
     trace_once,
 )
@@ -127,12 +127,7 @@ def _complete(
     empty = {site: name for site, name in targets.items() if bound.arguments[name] is None}
     if not empty:
         return arguments
-    try:
-        drawn = draw_prior(model, *arguments, num=1, sites=list(empty), seed=seed)
-    except KeyError as error:
-        raise ModelError(
-            f"simulate names {error.args[0]!r}, which is no sample site of the model."
-        ) from error
+    drawn = draw_sites(model, arguments, 1, list(empty), seed)
     return bind(model, arguments, {name: drawn[site][0] for site, name in empty.items()})
 
 
@@ -187,8 +182,8 @@ def _check_data_are_only_observed(
     Raises:
         ModelError: If it does: then draws given the template are no joint draws.
     """
-    one = draw_prior(model, *template, num=1, sites=names, seed=seed)
-    other = draw_prior(model, *simulated, num=1, sites=names, seed=seed)
+    one = draw_sites(model, template, 1, names, seed)
+    other = draw_sites(model, simulated, 1, names, seed)
     differ = [n for n in names if not torch.equal(one[n].nan_to_num(), other[n].nan_to_num())]
     if differ:
         raise ModelError(

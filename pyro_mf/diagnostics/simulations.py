@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.checks import check_observed, headline
 from pyro_mf.density.data_sets import Arguments
 from pyro_mf.density.prior import Prior
 from pyro_mf.diagnostics.joint_draws import (
@@ -19,6 +18,7 @@ from pyro_mf.diagnostics.joint_draws import (
     check_observes,
     draw_jointly,
     signature_of,
+    trace_once,
 )
 from pyro_mf.diagnostics.simulate_from_model import simulate_from_model
 from pyro_mf.solvers.random_state import forked
@@ -86,8 +86,8 @@ def _by_function(
                     "returns must have the shapes of model_args."
                 )
             check_observes(first)
-        elif not _all_finite(found[k]) and _all_finite(found[0]):
-            _log_joint_at(model, found[k], k)
+        else:
+            _check_data(model, found[k], k)
     return Simulations(first, truths, found)
 
 
@@ -98,10 +98,17 @@ def _log_joint_at(model: Callable[..., Any], arguments: Arguments, index: int) -
         raise ModelError(f"simulation {index}: {error}") from error
 
 
-def _all_finite(arguments: Arguments) -> bool:
-    leaves = tree_flatten((arguments[0], dict(arguments[1])))[0]
-    tensors = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    return all(bool(torch.isfinite(x).all()) for x in tensors)
+def _check_data(model: Callable[..., Any], arguments: Arguments, index: int) -> None:
+    """Refuse data that the model cannot score; what the graph is given, nothing else looks at.
+
+    Raises:
+        ModelError: If there are any.
+    """
+    args, kwargs = arguments
+    try:
+        check_observed(trace_once(model, arguments), args, kwargs)
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise ModelError(f"simulation {index}: {headline(error)}.") from error
 
 
 def _read(model: Callable[..., Any], given: Any, template: Arguments) -> Arguments:

@@ -98,7 +98,7 @@ def calibrate(
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
-        >>> found = calibrate(model, num_simulations=100, model_args=(torch.zeros(3),))
+        >>> found = calibrate(model, model_args=(torch.zeros(3),))
         >>> found.verdict
         'calibrated'
 
