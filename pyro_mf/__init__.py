@@ -37,10 +37,11 @@ from pyro_mf.density import LogJoint
 from pyro_mf.fitting import FitResult, diagnose, fit
 from pyro_mf.guides import AutoMeanField, AutoMeanFieldMixture
 from pyro_mf.objectives import ForwardKL, ReverseKL
+from pyro_mf.weights import psis
 
 if TYPE_CHECKING:
     from pyro_mf.compare import PosteriorComparison, compare_posteriors
-    from pyro_mf.convert import from_pyro, from_pyro_svi
+    from pyro_mf.convert import from_pyro, from_pyro_svi, loo
     from pyro_mf.plots import plot_comparison
 
 __version__ = "0.1.0"
@@ -76,7 +77,9 @@ __all__ = [
     "fit",
     "from_pyro",
     "from_pyro_svi",
+    "loo",
     "plot_comparison",
+    "psis",
     "run_nuts",
 ]
 
@@ -86,6 +89,7 @@ _LAZY = {
     "compare_posteriors": "pyro_mf.compare",
     "from_pyro": "pyro_mf.convert",
     "from_pyro_svi": "pyro_mf.convert",
+    "loo": "pyro_mf.convert",
     "plot_comparison": "pyro_mf.plots",
 }
 

@@ -13,10 +13,13 @@ CALLABLE = {
     "LogJoint",
     "ReverseKL",
     "compare_posteriors",
+    "diagnose",
     "fit",
     "from_pyro",
     "from_pyro_svi",
+    "loo",
     "plot_comparison",
+    "psis",
     "run_nuts",
 }
 RETURNED = {"FitResult", "NUTSResult", "PosteriorComparison"}
