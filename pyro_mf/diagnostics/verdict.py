@@ -133,7 +133,10 @@ def headline(
     """The verdict in one sentence."""
     if status == "green" and table is not None:
         which = "the only parameter" if len(table) == 1 else f"all {len(table)} parameters"
-        return f"{claim} has the marginals of {which} right: {_WITHIN}."
+        text = f"{claim} has the marginals of {which} right: {_WITHIN}"
+        if any(check.name == "joint" and check.advice for check in checks):
+            return f"{text}; only the marginals, for the joint is not the posterior's."
+        return f"{text}."
     blamed = [c for c in checks if c.status == status]
     if status == "red":
         if table is not None and any(c.name == "marginals" for c in blamed):
