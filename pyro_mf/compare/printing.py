@@ -47,8 +47,8 @@ def render(report: PosteriorComparison) -> Group:
     return Group(*parts)
 
 
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+def _table(left: Sequence[str], right: Sequence[str], *, is_wide: bool = False) -> Table:
+    table = Table(box=SIMPLE_HEAD, collapse_padding=is_wide)
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
@@ -114,6 +114,7 @@ def _predictive(predictive: pd.DataFrame) -> Table:
     table = _table(
         ("site", "fit"),
         ("variance", "|mean error|", "sd ratio", "in 50 %", "in 90 %", "lppd", "elpd"),
+        is_wide=True,
     )
     sites = list(dict.fromkeys(predictive.index.get_level_values("site")))
     for site in sites:
@@ -147,7 +148,10 @@ def _number(value: float, error: float = math.nan, *, digits: int = 2, form: str
 def _pair(row: pd.Series, name: str) -> str:
     if math.isnan(row[name]):
         return ""
-    return f"{row[name]:.2f} ({row[f'{name}_worst']:.2f})"
+    average, worst = (
+        f"{v:.2f}" if v < 10 else f"{v:.1f}" for v in (row[name], row[f"{name}_worst"])
+    )
+    return f"{average} ({worst})"
 
 
 def _percent(share: float) -> str:

@@ -106,7 +106,8 @@ def _dress(upper: Axes, lower: Axes) -> None:
     lower.axhspan(1 / BAND, BAND, color="#ededed", lw=0, zorder=0)
     lower.axhline(1, color=COLOURS[0], lw=0.9, zorder=1)
     low, high = lower.get_ylim()
-    lower.set_ylim(min(low / 1.3, 0.6), max(high * 1.3, 1.7))
+    pad = 1.15 * (high / low) ** 0.1  # for names
+    lower.set_ylim(min(low / pad, 0.6), max(high * pad, 1.7))
     for axis in (upper.xaxis, upper.yaxis, lower.yaxis):
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 50 * low else (1.0, 2.0, 3.0, 5.0)))
@@ -147,7 +148,7 @@ def _name_worst(
             (x, y),
             (0, 5 if above else -5),
             textcoords="offset points",
-            ha="center",
+            ha="left" if spot[0] < 0.15 else "right" if spot[0] > 0.85 else "center",
             va="bottom" if above else "top",
             fontsize=8,
             color=FAINT,
