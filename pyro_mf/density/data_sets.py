@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_mf.density.capture import GraphFunction, PureFunction, capture_graph, first_line
+from pyro_mf.density.capture import GraphFunction, capture_graph, first_line
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import difference, signature, value_and_gradients
@@ -115,9 +115,9 @@ class DataSets:
         columns = zip(*(self._tensors(k) for k in range(len(self))), strict=True)
         self._stacked = tuple(map(torch.stack, columns))
         reasons = []
-        for one in (self.log_joint.program.function.log_joint, self._graph_of_one()):
-            self._graph = self._graph_function(one)
+        for make in (lambda: self.log_joint.program.function.log_joint, self._graph_of_one):
             try:
+                self._graph = self._graph_function(make())
                 reason = self._disagreement()
             except Exception as error:
                 reason = first_line(error)
@@ -131,20 +131,13 @@ class DataSets:
 
     def _graph_of_one(self) -> Callable[[Tensor, Inputs], Tensor]:
         """The model at one draw as a graph, for models that vmap cannot run."""
-        graphs: list[PureFunction] = []
+        function = self.log_joint.program.function
 
-        def one(z: Tensor, inputs: Inputs) -> Tensor:
-            if not graphs:
-                function = self.log_joint.program.function
-                example = (self._zeros(1)[0], *self._tensors(0))
+        def at_row(row: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
+            return (function.log_joint(row, Inputs(data, (), ())),)
 
-                def at_row(row: Tensor, *data: Tensor) -> tuple[Tensor, ...]:
-                    return (function.log_joint(row, Inputs(data, (), ())),)
-
-                graphs.append(capture_graph(at_row, example))
-            return graphs[0](z, *inputs.tensors)[0]
-
-        return one
+        graph = capture_graph(at_row, (self._zeros(1)[0], *self._tensors(0)))
+        return lambda z, inputs: graph(z, *inputs.tensors)[0]
 
     def _graph_function(self, one: Callable[[Tensor, Inputs], Tensor]) -> GraphFunction:
         def batch(z: Tensor, inputs: Inputs) -> Tensor:

@@ -204,6 +204,37 @@ def test_density_of_many_data_sets_is_that_of_each():
         torch.testing.assert_close(gradient[row], own[1][0])
 
 
+def test_models_that_vmap_cannot_run_are_vectorised_by_their_graph():
+    def mixture(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", len(y)):
+            label = pyro.sample("label", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(loc + 3.0 * label, 1.0), obs=y)
+
+    arguments = [((torch.randn(4),), {}) for _ in range(3)]
+    many = DataSets(LogJoint(mixture, *arguments[0]), arguments)
+    assert not many.obstacle
+    z = torch.randn(3, 1)
+    value, gradient = many.value_and_grad(z, torch.arange(3))
+    for k in range(3):
+        own = LogJoint(mixture, *arguments[k]).value_and_grad(z[k : k + 1])
+        torch.testing.assert_close((value[k], gradient[k]), (own[0][0], own[1][0]))
+
+
+def test_single_precision_serves():
+    def single(y):
+        loc = pyro.sample("loc", dist.Normal(y.new_zeros(()), 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+    found = calibrate(
+        single, num_simulations=20, model_args=(torch.zeros(3, dtype=torch.float32),), **QUIET
+    )
+    mean_and_sd = [found.probabilities.mean(), found.probabilities.std()]
+    np.testing.assert_allclose(mean_and_sd, [0.5, 12**-0.5], atol=4 * 0.065)  # z = 4
+    assert found.method == "fits side by side"
+
+
 def test_obstacles_are_named():
     def branching(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0 if y.sum() > 0 else 2.0))
