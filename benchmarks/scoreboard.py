@@ -7,8 +7,8 @@ errors could turn that over. Verdicts are those of `diagnose`. *Forward draws* a
 forward fit's factors were fitted to. Seconds are of CPU for fits, of the clock for verdicts.
 
 Every score is appended to a file and every fit kept beside it, so a run that was cut goes on where
-it was, and `--rediagnose` asks kept fits for their verdicts again. Stock `AutoNormal` has 15,000
-steps of Adam and at most 75 seconds; fits and verdicts have at most `--limit` each. Set POSTERIORDB
+it was, and `--rediagnose` asks kept fits for their verdicts again. Stock `AutoNormal` has 10,000
+steps of Adam and at most 60 seconds; fits and verdicts have at most `--limit` each. Set POSTERIORDB
 to the folder of the references.
 Run from the repository's root: python -m benchmarks.scoreboard
 """

@@ -26,7 +26,7 @@ from benchmarks.scoring import elements
 from pyro_mf.density import LogJoint
 from pyro_mf.families import Family, Normal
 
-STEPS, FIRST_RATE, DECAY = 15_000, 0.01, 0.05  # of stock SVI: what the rate ends at, relative
+STEPS, FIRST_RATE, DECAY = 10_000, 0.01, 0.05  # of stock SVI: what the rate ends at, relative
 
 
 class Settings(NamedTuple):
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
     seed: int = 0
     limit: float = 900.0
-    stock_limit: float = 75.0
+    stock_limit: float = 60.0
     num_samples: int = 1000
 
 
@@ -77,7 +77,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
 
 
 def fit_stock(posterior: Posterior, settings: Settings, path: Path) -> Fit:
-    """``AutoNormal`` by ``SVI`` with Adam, 15,000 steps, the rate decaying from 0.01 to 0.0005."""
+    """``AutoNormal`` by ``SVI`` with Adam, 10,000 steps, the rate decaying from 0.01 to 0.0005."""
     with torch.random.fork_rng():
         pyro.clear_param_store()
         pyro.set_rng_seed(settings.seed)
