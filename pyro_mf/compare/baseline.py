@@ -69,7 +69,8 @@ class Baseline:
         if self.chains == 1:
             lines.append("there is one chain, so R-hat cannot be computed")
         if self.divergences:
-            lines.append(f"{self.divergences} transitions diverged")
+            plural = "s" if self.divergences > 1 else ""
+            lines.append(f"{self.divergences} transition{plural} diverged")
         for kind, ess in (("", self.min_ess), ("tail ", self.min_ess_tail)):
             if not ess >= MIN_ESS:
                 lines.append(f"the smallest {kind}effective sample size is {ess:.0f} (< {MIN_ESS})")

@@ -207,25 +207,6 @@ def test_printing_shows_errors_times_and_the_baseline():
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_a_bad_baseline_is_announced():
-    x = normal(0, 4, 250)
-    diverging = np.zeros((4, 250), dtype=bool)
-    diverging[0, :7] = True
-    stuck = x + np.array([0.0, 0.0, 0.0, 5.0])[:, None]
-    report = compare_posteriors(result(x=stuck, stats={"diverging": diverging}), {"q": result(x=x)})
-    assert report.baseline.divergences == 7
-    assert "R-hat is" in report.notes[0]
-    assert "7 transitions diverged" in str(report)
-    assert compare_posteriors(result(x=x), {"q": result(x=x)}).notes == ()
-
-
-def test_one_chain_has_no_rhat():
-    x = normal(0, 1, 1000)
-    report = compare_posteriors(result(x=x), {"q": result(x=x)})
-    assert np.isnan(report.baseline.max_rhat)
-    assert "one chain" in report.notes[0]
-
-
 def test_constant_elements_are_left_out_and_named():
     x = normal(0, 2, 100, 2)
     x[..., 0] = 1.0

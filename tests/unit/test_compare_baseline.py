@@ -66,6 +66,23 @@ def test_only_the_parameters_that_have_not_converged_are_marked(stuck):
     assert "x[1] !" not in str(stuck)
 
 
+def test_divergences_are_counted():
+    diverging = np.zeros((4, 250), dtype=bool)
+    assert compared(stats={"diverging": diverging}).notes == ()
+    diverging[0, :7] = True
+    report = compared(stats={"diverging": diverging})
+    assert report.baseline.divergences == 7
+    assert "7 transitions diverged" in str(report)
+    diverging[0, 1:] = False
+    assert "1 transition diverged" in str(compared(stats={"diverging": diverging}))
+
+
+def test_one_chain_has_no_rhat():
+    report = compare_posteriors(result(normal(0, 1, 1000, 2)), {"q": FIT})
+    assert np.isnan(report.baseline.max_rhat)
+    assert "one chain" in report.notes[0]
+
+
 def test_chains_that_stand_still_are_doubtful():
     x = normal(0, 4, 250, 2)
     x[..., 0] = np.arange(4.0)[:, None]

@@ -1,4 +1,4 @@
-"""The picture of a comparison: what is in it, read back from the figure."""
+"""The overview of a comparison: what is in it, read back from the figure."""
 
 import functools
 
