@@ -97,7 +97,7 @@ def test_many_parameters_are_set_in_columns():
 
 
 def test_of_very_many_parameters_the_furthest_are_kept():
-    assert len(labels(plot_comparison(report(size=200), max_densities=0))) == MAX_FOREST
+    assert len(labels(plot_comparison(report(size=80), max_densities=0))) == MAX_FOREST
 
 
 @pytest.mark.parametrize(
