@@ -112,8 +112,13 @@ class DataSets:
 
     def _capture(self) -> str:
         """Find a graph that agrees with eager Pyro; why there is none, empty if there is one."""
-        columns = zip(*(self._tensors(k) for k in range(len(self))), strict=True)
-        self._stacked = tuple(map(torch.stack, columns))
+        columns = list(zip(*(self._tensors(k) for k in range(len(self))), strict=True))
+        # Covariates are the same in all data sets: one copy serves, and vectorises better.
+        self._varies = [not all(_is_same(x, column[0]) for x in column) for column in columns]
+        self._stacked = tuple(
+            torch.stack(column) if varies else column[0]
+            for column, varies in zip(columns, self._varies, strict=True)
+        )
         reasons = []
         for make in (lambda: self.log_joint.program.function.log_joint, self._graph_of_one):
             try:
@@ -144,10 +149,12 @@ class DataSets:
             def at_row(row: Tensor, *data: Tensor) -> Tensor:
                 return one(row, Inputs(data, (), ()))
 
-            return torch.func.vmap(at_row)(z, *inputs.tensors)
+            dims = (0, *(0 if varies else None for varies in self._varies))
+            return torch.func.vmap(at_row, in_dims=dims)(z, *inputs.tensors)
 
         def run(z: Tensor, index: Tensor, *stacked: Tensor) -> tuple[Tensor, ...]:
-            own = tuple(x.index_select(0, index) for x in stacked)
+            pairs = zip(stacked, self._varies, strict=True)
+            own = tuple(x.index_select(0, index) if varies else x for x, varies in pairs)
             return value_and_gradients(batch, z, Inputs(own, (), ()))
 
         return GraphFunction(
@@ -171,3 +178,7 @@ class DataSets:
             truth = torch.stack([eager(row, Inputs(self._tensors(k), (), ())) for row, k in rows])
         reason = difference((truth,), (self.value_and_grad(z, index)[0],))
         return "" if reason is None else f"captured and eager outputs differ by {reason}"
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other or torch.equal(one, other)

@@ -137,8 +137,8 @@ def rank_among(truth: np.ndarray, draws: np.ndarray, seed: int) -> np.ndarray:
 
     Example:
         >>> draws = np.arange(9.0)[:, None]
-        >>> 0.5 < rank_among(np.array([4.5]), draws, 0)[0] < 0.6
-        np.True_
+        >>> bool(0.5 < rank_among(np.array([4.5]), draws, 0)[0] < 0.6)
+        True
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), Validating Bayesian Inference

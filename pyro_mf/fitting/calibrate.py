@@ -67,8 +67,8 @@ def calibrate(
             function: it is called with a dict of latent values by site, torch's, NumPy's and
             Python's generators seeded, and returns the arguments to fit to: a dict of those that
             change, as in ``{"y": y}``, or a tuple of all positional ones.
-        num_simulations: Number of data sets, at least 20. With 200 an sd off by 25 % or a bias of
-            a third of an sd hardly ever goes unseen.
+        num_simulations: Number of data sets, at least 20. With 200, in a table of ten parameters,
+            an sd off by 25 % or a bias of a third of an sd is found more than 85 % of the time.
         model_args: Positional arguments, as for a fit: covariates, and data as a template.
         model_kwargs: Keyword arguments.
         family: Family of the factors, as for :func:`~pyro_mf.fit`.
