@@ -21,8 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pyro_mf.diagnostics.calibration_plot import plot_calibration
-from pyro_mf.fitting.calibrate import calibrate
+import pyro_mf as mf
 
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])  # errors of real schools
 Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -62,7 +61,7 @@ def main() -> None:
     torch.set_num_threads(1)  # arrays of this size are slower on several threads
     console = Console(width=120)
     for name, model, linear_response in CASES[: 1 if args.smoke else None]:
-        found = calibrate(
+        found = mf.calibrate(
             model,
             num_simulations=20 if args.smoke else 200,
             model_args=(SIGMA, Y),
@@ -71,7 +70,7 @@ def main() -> None:
         )
         console.print(found)
         path = args.out / f"calibrate_{name}.png"
-        plt.close(plot_calibration(found, path=path))
+        plt.close(mf.plot_calibration(found, path=path))
         print(f"Picture: {path}\n")
 
 

@@ -75,11 +75,9 @@ def _parameters(diagnosis: Diagnosis) -> Table:
     table.add_column("", no_wrap=True)
     for name in ("mean", "sd", "mean error", "sd ratio", "k-hat"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, row in frame.iterrows():
-        if name not in shown:
-            continue
+    for parameter, row in frame[frame.index.isin(shown)].iterrows():
         table.add_row(
-            Text(str(name)),
+            Text(str(parameter)),
             Text(row["status"], style=_STYLES[row["status"]]),
             f"{row['mean']:.3g}",
             f"{row['sd']:.2g}",

@@ -1,5 +1,6 @@
 """Pictures of fits and comparisons. Small matplotlib code on plain arrays, for every ArviZ."""
 
+from pyro_mf.plots.calibration import plot_calibration
 from pyro_mf.plots.diagnosis import plot_diagnosis
 from pyro_mf.plots.khat import plot_khat
 from pyro_mf.plots.overview import plot_comparison
@@ -10,6 +11,7 @@ from pyro_mf.plots.sds import plot_sds
 from pyro_mf.plots.trace import plot_trace
 
 __all__ = [
+    "plot_calibration",
     "plot_comparison",
     "plot_diagnosis",
     "plot_khat",

@@ -57,7 +57,7 @@ def plot_diagnosis(
     import matplotlib.pyplot as plt
 
     panels = _as_mapping(diagnoses)
-    columns = min(3, len(panels))
+    columns = min(2 if len(panels) == 4 else 3, len(panels))
     rows = -(-len(panels) // columns)
     size = (3.4 * columns + 0.4, 3.2 * rows + 0.5)
     figure = plt.figure(figsize=size, layout="constrained")
@@ -90,7 +90,8 @@ def _draw(axes: Axes, table: pd.DataFrame) -> None:
 
     far, factor = _REACH
     low, high = 1.0 - MAX_SD, 1.0 + MAX_SD
-    axes.set(xlim=(-far, far), ylim=(1.0 / factor, factor), yscale="log")
+    edge, room = 1.1 * far, 1.2 * factor  # points that are too far out lie inside of the axes
+    axes.set(xlim=(-edge, edge), ylim=(1.0 / room, room), yscale="log")
     box = {"xy": (-MAX_MEAN, low), "width": 2 * MAX_MEAN, "height": high - low}
     _add_box(axes, box)
     axes.set_yticks([0.25, 0.5, 1.0, 2.0, 4.0], ["¼", "½", "1", "2", "4"])
@@ -107,13 +108,19 @@ def _draw(axes: Axes, table: pd.DataFrame) -> None:
             chosen = np.asarray((known["status"] == status) & here)
             if not chosen.any():
                 continue
-            style = {"color": colour, "marker": marker, "mfc": face, "ls": "", "ms": 5}
-            bars = (
-                2 * known[f"{c}_se"].to_numpy(float)[chosen] for c in ("mean_error", "sd_ratio")
+            bar = 2 * known[["mean_error_se", "sd_ratio_se"]].to_numpy(float)[chosen].T
+            axes.errorbar(
+                x[chosen],
+                y[chosen],
+                xerr=bar[0],
+                yerr=np.stack([np.minimum(bar[1], 0.9 * y[chosen]), bar[1]]),
+                color=colour,
+                marker=marker,
+                mfc=face,
+                ls="",
+                ms=5,
+                elinewidth=0.7,
             )
-            xerr, yerr = bars
-            yerr = np.stack([np.minimum(yerr, 0.9 * y[chosen]), yerr])
-            axes.errorbar(x[chosen], y[chosen], yerr=yerr, xerr=xerr, elinewidth=0.7, **style)
     _name(axes, known, x, y)
 
 

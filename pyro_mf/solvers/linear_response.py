@@ -9,6 +9,7 @@ fixed draws.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,8 +88,10 @@ def linear_response(loc: Tensor, hessian: Tensor) -> LinearResponse:
     # In units of its diagonal, so that badly scaled latents do not look singular.
     root = hessian.diagonal().abs().clamp_min(torch.finfo(hessian.dtype).tiny).sqrt()
     round_hessian = hessian / (root[:, None] * root)
-    eigenvalues = torch.linalg.eigvalsh(round_hessian)
-    smallest = float(eigenvalues[0])
+    try:
+        smallest = float(torch.linalg.eigvalsh(round_hessian)[0])
+    except RuntimeError:  # LinAlgError, so ill-conditioned that the algorithm gives up
+        smallest = -math.inf
     if smallest <= 1e-10:
         raise LinearResponseError(
             f"the Hessian of the ELBO is not positive definite (smallest eigenvalue {smallest:.2g} "

@@ -12,17 +12,26 @@ CALLABLE = {
     "ForwardKL",
     "LogJoint",
     "ReverseKL",
+    "calibrate",
     "compare_posteriors",
     "diagnose",
     "fit",
     "from_pyro",
     "from_pyro_svi",
     "loo",
+    "plot_calibration",
     "plot_comparison",
+    "plot_diagnosis",
+    "plot_khat",
+    "plot_pairs",
+    "plot_predictive",
+    "plot_ranks",
+    "plot_sds",
+    "plot_trace",
     "psis",
     "run_nuts",
 }
-RETURNED = {"FitResult", "NUTSResult", "PosteriorComparison"}
+RETURNED = {"Calibration", "Diagnosis", "FitResult", "NUTSResult", "PosteriorComparison"}
 RAISED = {
     "CheckpointError",
     "FamilyError",

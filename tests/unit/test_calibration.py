@@ -17,7 +17,6 @@ from pyro_mf import AutoMeanField, ForwardKL, ModelError, fit
 from pyro_mf.density import LogJoint
 from pyro_mf.density.data_sets import DataSets
 from pyro_mf.diagnostics.calibration import Calibration
-from pyro_mf.diagnostics.calibration_plot import plot_calibration
 from pyro_mf.diagnostics.miscalibration import holm, measure
 from pyro_mf.diagnostics.ranks import probability_below, rank_among
 from pyro_mf.diagnostics.uniformity import (
@@ -30,6 +29,7 @@ from pyro_mf.diagnostics.uniformity import (
 )
 from pyro_mf.families import get_family
 from pyro_mf.fitting.calibrate import calibrate
+from pyro_mf.plots import plot_calibration
 from pyro_mf.solvers import many_data
 
 X = torch.tensor(
