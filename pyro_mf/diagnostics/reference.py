@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.density.blocks import Blocks
 from pyro_mf.guides import AutoMeanField
-from pyro_mf.solvers.chains import IMPRECISE
+from pyro_mf.solvers.chains import IMPRECISE, MAX_RHAT
 from pyro_mf.solvers.fixed_draw_elbo import Estimate
 from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.normal_start import fit_normal
@@ -132,6 +132,7 @@ def draw_reference(
         generator=torch.Generator().manual_seed(seed),
         report=report,
         starts=starts,
+        max_late_rhat=MAX_RHAT,  # slow chains know errors of the size that is asked for
     )
     try:
         drawn = sampler.draw(None)

@@ -145,7 +145,7 @@ def _name(axes: Axes, table: pd.DataFrame, x: np.ndarray, y: np.ndarray) -> None
         ):
             continue
         placed.append(spots[k])
-        left = x[k] > 0
+        left = x[k] < 0 if abs(x[k]) < 0.5 * far else x[k] > 0  # away from the others
         axes.annotate(
             str(table.index[k]),
             (x[k], y[k]),

@@ -17,10 +17,10 @@ from pyro_mf.solvers.posterior_draws import PosteriorDraws, Source
 
 _WARM_UP, _ROUND = 200, 50
 # R-hat up to which chains agree, and above which more iterations are not the cure.
-_MAX_RHAT, _HOPELESS_RHAT = 1.05, 1.5
+MAX_RHAT, _HOPELESS_RHAT = 1.05, 1.5
 # After as many iterations as are the last word chains that are still so far apart are slow for a
 # reason: in a funnel they pass the other checks by chance.
-_MAX_LATE_RHAT = 1.02
+MAX_LATE_RHAT = 1.02
 _DOUBTFUL_RHAT = 1.1
 _NUM_TUNINGS = 3  # times that chains are warmed up anew if they disagree
 _PATIENCE = 150  # iterations by which they are to agree
@@ -61,7 +61,7 @@ class ChainDraws:
         error = chains.std((0, 1)) / effective_sample_size(chains).sqrt()
         return chains.mean((0, 1)), error
 
-    def problems(self, names: list[str], max_rhat: float = _MAX_RHAT) -> tuple[str, ...]:
+    def problems(self, names: list[str], max_rhat: float = MAX_RHAT) -> tuple[str, ...]:
         """Why the draws are not to be trusted, in words.
 
         Args:
@@ -117,6 +117,7 @@ class ChainRun:
             the farthest. If there is another mode, those do not agree with the others.
         starts: Where the others start, shape ``(K, D)``; by default, or where there is no density,
             draws of the Gaussian.
+        max_late_rhat: R-hat up to which chains agree that have run for long.
         num_chains: Number of chains.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
         wanted_error: Asked between rounds for the error to stop at, ``max_error`` or smaller.
@@ -141,6 +142,7 @@ class ChainRun:
         generator: torch.Generator,
         report: Callable[[float], None],
         starts: Tensor | None = None,
+        max_late_rhat: float = MAX_LATE_RHAT,
     ) -> None:
         z = initialise(density, loc, metric, num_chains, generator=generator)
         if starts is not None:
@@ -153,6 +155,7 @@ class ChainRun:
         self._chains = ParallelHMC(density, z, metric, generator=generator)
         self._names = layout.element_names()
         self._max_error, self._wanted_error = max_error, wanted_error
+        self._max_late_rhat = max_late_rhat
         self._report = report
         self._kept = _Kept()
 
@@ -190,7 +193,7 @@ class ChainRun:
 
     def _problems(self, found: ChainDraws) -> tuple[str, ...]:
         is_late = self._kept.count >= _LAST_WORD
-        return found.problems(self._names, _MAX_LATE_RHAT if is_late else _MAX_RHAT)
+        return found.problems(self._names, self._max_late_rhat if is_late else MAX_RHAT)
 
     def found(self) -> tuple[ChainDraws, PosteriorDraws] | None:
         """The draws so far and what is to be said about them; ``None`` where there are none."""

@@ -19,7 +19,7 @@ from pyro_mf.kernels.mixture import fit_mixture
 from pyro_mf.kernels.student_t import StudentT
 from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.kernels.weighted import WeightedDraws
-from pyro_mf.solvers.chains import ChainRun
+from pyro_mf.solvers.chains import MAX_LATE_RHAT, ChainRun
 from pyro_mf.solvers.judgement import least_far, with_checks
 from pyro_mf.solvers.meter import BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
@@ -68,6 +68,7 @@ class PosteriorSampler:
         generator: Source of randomness.
         report: Called with the progress.
         starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
+        max_late_rhat: R-hat up to which chains agree that have run for long.
 
     Attributes:
         notes: What went wrong on the way, in sentences.
@@ -86,9 +87,10 @@ class PosteriorSampler:
         generator: torch.Generator,
         report: Report,
         starts: Tensor | None = None,
+        max_late_rhat: float = MAX_LATE_RHAT,
     ) -> None:
         self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
-        self._starts = starts
+        self._starts, self._max_late_rhat = starts, max_late_rhat
         self.max_error, self.aim, self.max_gradients = max_error, aim, max_gradients
         self.generator, self.report = generator, report
         self.notes: list[str] = []
@@ -203,6 +205,7 @@ class PosteriorSampler:
                 generator=self.generator,
                 report=self._note_error,
                 starts=self._starts,
+                max_late_rhat=self._max_late_rhat,
             )
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['hmc']} failed: {error}")

@@ -33,9 +33,9 @@ def describe_tails(
         Up to two sentences: by the draws, and by the density far out along the axes.
     """
     found = []
-    index, khat = _heaviest(draws)
+    index, khat, khat_se = _heaviest(draws)
     limit = _MAX_WEIGHTED_KHAT if draws.source in ("importance", "mixture") else _MAX_KHAT
-    if khat > limit:
+    if khat - khat_se > limit:
         found.append(
             f"the tails of '{names[index]}' are so heavy (k-hat {khat:.2f} of its squares, above "
             f"{limit}) that the error of its sd cannot be told from draws"
@@ -49,15 +49,16 @@ def describe_tails(
     return found
 
 
-def _heaviest(draws: PosteriorDraws) -> tuple[int, float]:
-    """The latent whose squares have the heaviest tail under the weights, and its k-hat."""
+def _heaviest(draws: PosteriorDraws) -> tuple[int, float, float]:
+    """The latent whose squares have the heaviest tail under the weights, k-hat and its error."""
     standard = (draws.z - draws.mean) / draws.sd.clamp_min(torch.finfo(draws.z.dtype).tiny)
     fourth = draws.weights @ standard.pow(4)
-    found = (0, -math.inf)
+    found = (0, -math.inf, 0.0)
     for index in fourth.topk(min(_NUM_ASKED, len(fourth))).indices.tolist():
         squares = standard[:, index].square().clamp_min(torch.finfo(standard.dtype).tiny)
-        khat = psis(draws.log_weights + squares.log()).khat
-        found = max(found, (index, khat), key=lambda pair: pair[1])
+        tail = psis(draws.log_weights + squares.log())
+        if tail.khat > found[1]:
+            found = (index, tail.khat, tail.khat_se)
     return found
 
 

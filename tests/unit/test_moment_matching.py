@@ -226,7 +226,7 @@ def test_chains_that_have_run_long_must_agree_more_closely():
     draws = chains.ChainDraws(z, z[..., 0])
     assert 1.02 < draws.mixing.worst_rhat < 1.05
     assert not draws.problems(["x"])
-    assert "above 1.02" in draws.problems(["x"], chains._MAX_LATE_RHAT)[0]
+    assert "above 1.02" in draws.problems(["x"], chains.MAX_LATE_RHAT)[0]
 
 
 @pytest.mark.slow
