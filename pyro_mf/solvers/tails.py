@@ -51,6 +51,8 @@ def describe_tails(
 
 def _heaviest(draws: PosteriorDraws) -> tuple[int, float, float]:
     """The latent whose squares have the heaviest tail under the weights, k-hat and its error."""
+    # Draws that depend on each other know the tail as well as their effective number would.
+    surplus = len(draws.z) / min(draws.diagnostics.get("ess", math.inf), len(draws.z))
     standard = (draws.z - draws.mean) / draws.sd.clamp_min(torch.finfo(draws.z.dtype).tiny)
     fourth = draws.weights @ standard.pow(4)
     found = (0, -math.inf, 0.0)
@@ -58,7 +60,7 @@ def _heaviest(draws: PosteriorDraws) -> tuple[int, float, float]:
         squares = standard[:, index].square().clamp_min(torch.finfo(standard.dtype).tiny)
         tail = psis(draws.log_weights + squares.log())
         if tail.khat > found[1]:
-            found = (index, tail.khat, tail.khat_se)
+            found = (index, tail.khat, tail.khat_se * math.sqrt(surplus))
     return found
 
 
