@@ -41,6 +41,7 @@ class Prototype:
         plates: Vectorised plates around each sample site.
         event_dims: Event dimensions of each sample site.
         subsamples: Subsampled plates whose indices the model draws at random.
+        sequential: Names of the plates that a Python loop visits only part of.
         given: Plates whose indices the model is given, in any order and number.
         observed: Names of the observed sites.
         params: Learnable parameters: name to unconstrained leaf tensor.
@@ -59,6 +60,7 @@ class Prototype:
     plates: dict[str, tuple[Plate, ...]]
     event_dims: dict[str, int]
     subsamples: dict[str, Plate]
+    sequential: tuple[str, ...]
     given: tuple[str, ...]
     observed: tuple[str, ...]
     params: dict[str, Tensor]
@@ -71,7 +73,7 @@ class Prototype:
     def subsampled(self) -> tuple[str, ...]:
         """Names of the plates of which the model sees only part."""
         plates = {p.name: p for around in self.plates.values() for p in around}
-        return tuple(name for name, plate in plates.items() if plate.is_subsampled)
+        return tuple(n for n, p in plates.items() if p.is_subsampled) + self.sequential
 
 
 def run_prototype(
@@ -151,6 +153,7 @@ def run_prototype(
         plates=plates,
         event_dims={n: _event_dim(node) for n, node in nodes.items()},
         subsamples={n: p for n, p in subsampled.items() if n not in given},
+        sequential=tuple(n for n in _pyro.subsampled_plates(trace) if n not in subsampled),
         given=tuple(dict.fromkeys(given)),
         observed=tuple(n for n, node in nodes.items() if is_data(node)),
         params=params,

@@ -164,6 +164,8 @@ class CapturedELBO:
         prototype = program.prototype
         if prototype.has_side_effects:
             return "the model changes its own state when it runs (as BatchNorm does in training)"
+        if prototype.sequential:
+            return f"the model visits part of plate '{prototype.sequential[0]}' in a Python loop"
         if prototype.has_foreign_gradients:
             return (
                 "the model uses tensors that require gradients and are not parameters of Pyro's "

@@ -358,3 +358,13 @@ def test_a_mixture_has_the_support_of_its_components(is_event) -> None:
     expected = (mixture.log_prob(z.exp()) + z).sum(-1)
     assert torch.allclose(LogJoint(model)(z), expected)
     assert bool((AutoMeanField(model)()["x"] > 0).all())
+
+
+def test_a_plate_that_a_loop_visits_in_part_is_refused():
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample(f"x{i}", dist.Normal(loc, 1.0), obs=x[i])
+
+    with pytest.raises(ModelError, match="subsamples plate 'data'"):
+        LogJoint(model, (torch.ones(3),))
