@@ -43,6 +43,17 @@ def plot_khat(report: PosteriorComparison, *, path: str | Path | None = None) ->
         ValueError: If no result has log weights or a log likelihood, or there are more than six
             fits.
 
+    Example:
+        >>> import xarray as xr
+        >>> from pyro_mf.compare import compare_posteriors
+        >>> from pyro_mf.convert.generations import wrap
+        >>> dims, noise = ("chain", "draw"), np.random.default_rng(0).normal(size=(2, 4, 500))
+        >>> stats = xr.Dataset({"log_weight": (dims, 0.1 * noise[1])})
+        >>> draws = {"posterior": xr.Dataset({"mu": (dims, noise[0])}), "sample_stats": stats}
+        >>> fit = wrap(draws)
+        >>> len(plot_khat(compare_posteriors(fit, {"fit": fit})).axes) > 0
+        True
+
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling,
         https://arxiv.org/abs/1507.02646

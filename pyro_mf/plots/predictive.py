@@ -45,6 +45,17 @@ def plot_predictive(
         TypeError: If ``report`` is not a comparison.
         ValueError: If NUTS has no predictions, ``site`` is none of them, or there are more than six
             fits.
+
+    Example:
+        >>> import xarray as xr
+        >>> from pyro_mf.compare import compare_posteriors
+        >>> from pyro_mf.convert.generations import wrap
+        >>> dims, noise = ("chain", "draw"), np.random.default_rng(0).normal(size=(4, 100, 6))
+        >>> predicted = xr.Dataset({"y": ((*dims, "row"), noise)})
+        >>> posterior = xr.Dataset({"mu": (dims, noise[..., 0])})
+        >>> nuts = wrap({"posterior": posterior, "posterior_predictive": predicted})
+        >>> len(plot_predictive(compare_posteriors(nuts, {"fit": nuts})).axes)
+        2
     """
     import matplotlib.pyplot as plt
 
