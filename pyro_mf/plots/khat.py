@@ -61,7 +61,8 @@ def plot_khat(report: PosteriorComparison, *, path: str | Path | None = None) ->
     import matplotlib.pyplot as plt
 
     check_report(report, "plot_khat")
-    weights = {n: w for n, r in report.results.items() if (w := _log_weights(r)) is not None}
+    fits = {name: result for name, result in report.results.items() if name != "NUTS"}
+    weights = {n: w for n, r in fits.items() if (w := _log_weights(r)) is not None}
     points = {
         (name, site): khat
         for site, found in report.loo_khat.items()
