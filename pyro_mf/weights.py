@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 _MIN_TAIL = 5  # fewest points for which a tail is fitted
-_MIN_DRAWS = 25  # fewest draws that give such a tail
+MIN_DRAWS = 25  # fewest draws that give such a tail
 _NEARLY_CONSTANT = 1e-6  # a spread of log weights that no average can feel
 
 
@@ -106,6 +106,7 @@ def psis(log_weights: Tensor) -> PSISResult:
         The smoothed weights, k-hat and its standard error.
 
     Raises:
+        TypeError: If it is no tensor.
         ValueError: If the shape is not ``(S,)``, S is less than 25, or the weights hold NaN or
             ``+inf`` or nothing but ``-inf``.
 
@@ -120,11 +121,17 @@ def psis(log_weights: Tensor) -> PSISResult:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto Smoothed Importance Sampling,
         https://arxiv.org/abs/1507.02646
     """
+    if not isinstance(log_weights, Tensor):
+        raise TypeError(
+            f"psis needs log weights as a tensor; got {type(log_weights).__name__}. Write "
+            "torch.as_tensor(log_weights)."
+        )
+    log_weights = log_weights if log_weights.is_floating_point() else log_weights.double()
     if log_weights.dim() != 1:
         raise ValueError(f"psis needs log weights of shape (S,); got {tuple(log_weights.shape)}.")
     draws = len(log_weights)
-    if draws < _MIN_DRAWS:
-        raise ValueError(f"psis needs at least {_MIN_DRAWS} draws to see a tail; got {draws}.")
+    if draws < MIN_DRAWS:
+        raise ValueError(f"psis needs at least {MIN_DRAWS} draws to see a tail; got {draws}.")
     _check(log_weights)
     centred = log_weights.detach().to(torch.float64)
     centred = centred - centred.max()

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from pyro_mf.compare.inputs import group
+from pyro_mf.convert import generations
 
 NAMES = ("pareto_k", "pareto_k_se", "pareto_k_threshold")
 
@@ -14,12 +15,17 @@ def khat_of(result: Any) -> dict[str, float]:
     """k-hat with its standard error and the threshold for so many draws; NaN where unknown.
 
     Args:
-        result: With the group ``vi_fit``, or with ``log_weight`` in ``sample_stats``.
+        result: With the group ``vi_fit``, with ``log_weight`` in ``sample_stats``, or with what
+            ``ImportanceResample.to_arviz`` says of itself.
 
     Returns:
         ``pareto_k``, ``pareto_k_se`` and ``pareto_k_threshold``.
     """
     found = dict.fromkeys(NAMES, math.nan)
+    attrs = generations.dataset(result, "posterior").attrs
+    if "khat" in attrs:  # resampled by weights, which the draws have no longer
+        found |= {"pareto_k": float(attrs["khat"])}
+        found |= {"pareto_k_threshold": float(attrs.get("khat_threshold", math.nan))}
     fit, stats = group(result, "vi_fit"), group(result, "sample_stats")
     if fit is not None:
         found |= {name: float(fit[name].mean()) for name in NAMES if name in fit}

@@ -10,7 +10,7 @@ import pandas as pd
 from pyro_mf.compare.inputs import group
 from pyro_mf.convert import generations
 
-FAR, VERY_FAR = 10.0, 100.0  # NUTS standard deviations: of most means, of any
+FAR, VERY_FAR = 2.0, 5.0  # NUTS standard deviations: of most means, of any
 
 
 def doubts(nuts: Any, fit: Any, name: str, table: pd.DataFrame) -> list[str]:
@@ -34,10 +34,18 @@ def doubts(nuts: Any, fit: Any, name: str, table: pd.DataFrame) -> list[str]:
     if error.median() > FAR or error.max() > VERY_FAR:
         notes.append(
             f"'{name}' is far from NUTS: means are {error.median():.3g} sds apart in the median, "
-            f"{error.max():.3g} at worst ({error.idxmax()}). It may be a fit of other data or of "
-            "another model."
+            f"{error.max():.3g} at worst ({error.idxmax()}). It may be a fit of other data, of "
+            "another model, or one that was not trained."
         )
-    reason = generations.dataset(fit, "posterior").attrs.get("stop_reason", "converged")
+    attrs = generations.dataset(fit, "posterior").attrs
+    if attrs.get("is_resampled"):
+        notes.append(
+            f"'{name}' is resampled by weights: its draws are worth "
+            f"{float(attrs['importance_sampling_ess']):.0f} independent ones, and their standard "
+            f"errors here are those of as many as they are (k-hat {float(attrs['khat']):.2f}, good "
+            f"up to {float(attrs['khat_threshold']):.2f})."
+        )
+    reason = attrs.get("stop_reason", "converged")
     if reason != "converged":
         notes.append(f"'{name}' has not converged (it stopped with '{reason}').")
     return notes

@@ -83,6 +83,11 @@ def find_log_weight(result: Any, log_lik: xr.DataArray) -> np.ndarray | None:
     approximate = posterior.attrs.get("is_approximate")
     if approximate == 0 or (approximate is None and "log_q" not in stats):
         return None
+    if posterior.attrs.get("is_resampled"):
+        raise ValueError(
+            "these draws are resampled by importance weights, so that the weights are gone. Give "
+            "loo the fit itself: it uses the same weights."
+        )
     missing = [name for name in ("lp", "log_q") if name not in stats]
     if missing:
         raise ValueError(

@@ -183,15 +183,18 @@ class _Trial:
 
     def _compare(self, z: Tensor, reference: Reference) -> None:
         draws = reference.draws
-        claimed = self.quantities.at(z)
-        truth = self.quantities.at(draws.z)
-        varying = (truth.max(0).values > truth.min(0).values).nonzero().reshape(-1)
+        claimed, truth = self.quantities.at(z), self.quantities.at(draws.z)
         errors = marginal_errors(
-            claimed[:, varying], truth[:, varying], draws.weights, reference.averages
+            claimed,
+            truth,
+            draws.weights,
+            reference.averages,
+            draws.diagnostics.get("ess", math.inf),
         )
-        names = [self.quantities.names[k] for k in varying.tolist()]
-        self.table = errors.table(names)
-        self.table["khat"] = math.nan
+        table = errors.table(self.quantities.names)
+        # What is the same number in all draws of both is structure, such as zeros of a matrix.
+        constant = (claimed == truth[0]).all(0) & (truth == truth[0]).all(0)
+        self.table = table[~constant.numpy()].assign(khat=math.nan)
         khats = marginal_khats(self.claim, self.blocks.log_joint.layout, z, draws)
         known = [name for name in khats if name in self.table.index]
         self.table.loc[known, "khat"] = [khats[name] for name in known]
@@ -218,6 +221,7 @@ class _Trial:
             parameters=table,
             checks=tuple(checks),
             reference=self.reference,
+            seed=self.seed - _SEED,
             num_gradients=self.num_gradients,
             seconds=seconds,
         )

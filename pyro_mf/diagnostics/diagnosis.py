@@ -33,6 +33,7 @@ class Diagnosis:
             the marginal. NaN where there are no draws of the posterior to tell.
         checks: Everything that was looked at.
         reference: What it was judged by; see :attr:`draws`.
+        seed: Seed of the diagnosis.
         num_gradients: Gradients at 64 points each that the diagnosis took.
         seconds: Wall time.
     """
@@ -43,6 +44,7 @@ class Diagnosis:
     parameters: pd.DataFrame = field(repr=False)
     checks: tuple[Check, ...] = field(repr=False)
     reference: Reference | None = field(repr=False)
+    seed: int
     num_gradients: int
     seconds: float
 

@@ -13,7 +13,7 @@ from pyro_mf._errors import KhatWarning
 from pyro_mf.convert.from_pyro import from_pyro
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.diagnostics.proposals import Draw, weigh
-from pyro_mf.weights import psis
+from pyro_mf.weights import MIN_DRAWS, psis
 
 _PROPOSALS_PER_DRAW = 10
 _MIN_PROPOSALS = 4000
@@ -146,6 +146,11 @@ def importance_resample(
         raise ValueError(f"num_draws must be at least 1; got {num_draws}.")
     if num_proposals is None:
         num_proposals = max(_PROPOSALS_PER_DRAW * num_draws, _MIN_PROPOSALS)
+    if num_proposals < MIN_DRAWS:
+        raise ValueError(
+            f"num_proposals must be at least {MIN_DRAWS}, to see a tail of weights; got "
+            f"{num_proposals}."
+        )
     z, log_weights = weigh(log_joint, draw, num_proposals, seed)
     smoothed = psis(log_weights)
     generator = torch.Generator().manual_seed(seed + 1)  # not the stream of the proposals

@@ -82,21 +82,15 @@ def _by_weights(
 def _joint(found: EvidenceBracket) -> Check:
     values = {"khat": found.khat, "khat_se": found.khat_se, "threshold": found.threshold}
     text = f"k-hat {found.khat:.2f} ± {found.khat_se:.2f}, good up to {found.threshold:.2f}"
-    can_be_mended = found.khat <= found.threshold
-    text += ": weights can mend it" if can_be_mended else ": weights cannot mend it"
     gap = found.gap
     if gap.elbo + 2.0 * gap.se <= _MAX_GAP:
-        finding = f"{text}; it is the posterior's but for {max(gap.elbo, 0.0):.2g} nats"
+        finding = f"the posterior's but for {max(gap.elbo, 0.0):.2g} nats ({text})"
         return Check("joint", None, finding, "", values)
-    advice = (
-        "the joint is not the posterior's, whatever the marginals are: for functions of several "
-        "parameters (predictions, differences) draw by "
-    )
+    can_be_mended = found.khat <= found.threshold
+    text += ": weights can mend it" if can_be_mended else ": weights cannot mend it"
+    advice = "for functions of several parameters, such as predictions and differences, draw by "
     advice += "importance_resample(), " if can_be_mended else ""
-    advice += (
-        "linear_response=True or draws=True, whichever is green with a better k-hat, or make them "
-        "deterministic sites, which are judged"
-    )
+    advice += "linear_response=True or draws=True, or make them deterministic sites to be judged"
     return Check("joint", None, text, advice, values)
 
 

@@ -19,6 +19,8 @@ _MAX_COSTLY = 4_000  # draws at which a costly model is run for its deterministi
 class Quantities:
     """Scalar elements of a model's latents and deterministic sites, in the model's own space.
 
+    Booleans and integers count as numbers: the mean of an event is its probability.
+
     Args:
         log_joint: The model with its full data.
         is_costly: Whether a run of the model takes so long that each one counts.
@@ -41,7 +43,7 @@ class Quantities:
         like = self.log_joint
         origin = torch.zeros(1, like.size, dtype=like.dtype, device=like.device)
         found = evaluate_draws(like, origin, log_likelihood=False).deterministics
-        return {name: x.shape[1:] for name, x in found.items() if x.is_floating_point()}
+        return {name: x.shape[1:] for name, x in found.items() if not x.is_complex()}
 
     @cached_property
     def names(self) -> list[str]:

@@ -21,6 +21,8 @@ from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
 # Standard error of means and sds that is aimed at. The limits of a verdict could do with less, but
 # importance sampling of few draws has been seen to miss the neck of a funnel with a good k-hat.
 _MAX_ERROR = 0.025
+# Climbs from elsewhere, many where a gradient takes little: what they do not reach is not seen.
+_NUM_SCOUTS, _NUM_COSTLY_SCOUTS, _CHEAP_LATENTS = 128, 32, 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +51,14 @@ class Reference:
         draws: The draws.
         problems: Why they are not to be believed; empty where nothing speaks against them.
         num_gradients: Gradients at 64 points each that they took.
+        num_scouts: Climbs from elsewhere that were to find other modes.
     """
 
     averages: Expectations
     draws: PosteriorDraws
     problems: tuple[str, ...]
     num_gradients: int
+    num_scouts: int
 
     @property
     def source(self) -> str:
@@ -122,6 +126,8 @@ def draw_reference(
     Returns:
         The draws, ``None`` where there are none of any use, and what went wrong on the way.
     """
+    is_cheap = len(start.loc) <= _CHEAP_LATENTS and not blocks.is_costly
+    num_scouts = _NUM_SCOUTS if is_cheap else _NUM_COSTLY_SCOUTS
     sampler = PosteriorSampler(
         blocks,
         start.loc,
@@ -132,6 +138,7 @@ def draw_reference(
         generator=torch.Generator().manual_seed(seed),
         report=report,
         starts=starts,
+        num_scouts=num_scouts,
         max_late_rhat=MAX_RHAT,  # slow chains know errors of the size that is asked for
     )
     try:
@@ -146,4 +153,5 @@ def draw_reference(
     problems = tuple(p for p in draws.problems if not p.startswith(IMPRECISE))
     if sampler.ending == "interrupted":
         problems += ("the sampling was interrupted",)
-    return Reference(averages, draws, problems, sampler.num_gradients), tuple(sampler.notes)
+    found = Reference(averages, draws, problems, sampler.num_gradients, num_scouts)
+    return found, tuple(sampler.notes)

@@ -373,7 +373,8 @@ class FitResult:
             linear_response: Whether to judge the Gaussian of :meth:`linear_response`, as in
                 :meth:`sample`.
             draws: Whether to judge :attr:`draws`.
-            seed: Seed of everything random.
+            seed: Seed of everything random. Another claim with the same seed is judged by the same
+                draws, if they passed their checks; another seed is a second opinion.
             max_gradients: Budget, in gradients of the log joint at 64 points each; at least 1.
             progress: As for :func:`~pyro_mf.fit`.
 

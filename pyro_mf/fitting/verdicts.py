@@ -81,6 +81,10 @@ def diagnose(
     """
     at_least("seed", seed, 0)
     at_least("max_gradients", max_gradients, 1)
+    if isinstance(guide, type):
+        raise TypeError(
+            f"a trained guide was expected; got the class {guide.__name__}. Give the guide itself."
+        )
     with torch.inference_mode(mode=False), torch.enable_grad(), forked_seed(seed):
         log_joint = full_density(model, model_args, model_kwargs)
         claim = claim_of_guide(guide, log_joint)
@@ -117,7 +121,7 @@ def diagnose_result(
         log_joint = _density(result)
         claim = _claim(result, log_joint, linear_response=linear_response, draws=draws)
         checks = _checks(result, is_mean_field=not linear_response)
-        known = Known(_start(result), checks, _reference(result))
+        known = Known(_start(result), checks, _reference(result, seed))
         with ProgressBar(shown=progress) as bar:
             return judge(
                 log_joint,
@@ -200,9 +204,9 @@ def _start(result: FitResult) -> Start | None:
     return Start(found.loc.double().cpu(), found.scale_tril.double().cpu())
 
 
-def _reference(result: FitResult) -> Reference | None:
-    """Draws of the posterior that another claim of this fit was judged by, if they passed."""
-    made = [found.reference for found in result.verdicts.values()]
+def _reference(result: FitResult, seed: int) -> Reference | None:
+    """Draws of the posterior that another claim was judged by with this seed, if they passed."""
+    made = [found.reference for found in result.verdicts.values() if found.seed == seed]
     return next((r for r in made if r is not None and not r.problems), None)
 
 

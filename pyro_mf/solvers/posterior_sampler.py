@@ -69,6 +69,7 @@ class PosteriorSampler:
         report: Called with the progress.
         starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
         max_late_rhat: R-hat up to which chains agree that have run for long.
+        num_scouts: Number of climbs from elsewhere.
 
     Attributes:
         notes: What went wrong on the way, in sentences.
@@ -88,9 +89,11 @@ class PosteriorSampler:
         report: Report,
         starts: Tensor | None = None,
         max_late_rhat: float = MAX_LATE_RHAT,
+        num_scouts: int = _NUM_SCOUTS,
     ) -> None:
         self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
         self._starts, self._max_late_rhat = starts, max_late_rhat
+        self._num_scouts = num_scouts
         self.max_error, self.aim, self.max_gradients = max_error, aim, max_gradients
         self.generator, self.report = generator, report
         self.notes: list[str] = []
@@ -122,7 +125,7 @@ class PosteriorSampler:
                 self._density,
                 self.loc,
                 self.metric,
-                num=_NUM_SCOUTS,
+                num=self._num_scouts,
                 generator=self.generator,
                 prior=self._prior,
             )

@@ -75,6 +75,16 @@ def test_the_posterior_itself_is_green():
     assert not found.advice
 
 
+def test_no_seed_calls_the_posterior_wrong():
+    """Limits are ten standard errors from the truth; left are the alarms of other checks."""
+
+    def independent():
+        pyro.sample("x", dist.Normal(torch.arange(10.0), torch.logspace(-2, 2, 10)).to_event(1))
+
+    guide = guide_at(independent, list(map(float, range(10))), torch.logspace(-2, 2, 10).tolist())
+    assert {mf.diagnose(guide, independent, seed=seed).status for seed in range(8)} == {"green"}
+
+
 @pytest.mark.parametrize(
     ("loc", "scale", "column", "expected"),
     [
@@ -207,8 +217,83 @@ def test_discrete_factors_are_not_covered():
 
     result = mf.fit(model, (torch.tensor([0.1, -0.2, 4.2, 3.9]),), family={"label": "bernoulli"})
     found = result.diagnose()
-    assert found.status in ("amber", "red")
+    assert found.status != "green"
     assert found["discrete sites"].status == "amber"
+
+
+# -- what a reader of the verdict would fall for ---------------------------------------------------
+
+
+def in_wrong_joint(site):
+    def model():
+        covariance = torch.tensor([[1.0, 0.98], [0.98, 1.0]])
+        b = pyro.sample("b", dist.MultivariateNormal(torch.tensor([0.4, 0.0]), covariance))
+        pyro.deterministic("of_both", site(b))
+
+    return model
+
+
+@pytest.mark.parametrize("site", [lambda b: b[0] > b[1], lambda b: (b[0] > b[1]).long()])
+def test_booleans_and_integers_are_judged(site):
+    """P(b[0] > b[1]) is 0.977, and 0.61 where the two are independent."""
+    found = mf.fit(in_wrong_joint(site), objective=mf.ForwardKL()).diagnose()
+    assert found.status == found.parameters.loc["of_both", "status"] == "red"
+
+
+def test_a_site_that_is_nan_at_some_draws_is_not_left_out():
+    model = in_wrong_joint(lambda b: (b[0] - b[1] + 0.3).log())
+    found = mf.fit(model, objective=mf.ForwardKL()).diagnose()
+    assert found.parameters.loc["of_both", "status"] == "amber"
+    assert found.status != "green"
+
+
+def exact_guide(scale):
+    def model():
+        pyro.sample("x", dist.LogNormal(0.0, scale))
+
+    return model, model
+
+
+@pytest.mark.parametrize(("scale", "status"), [(0.5, "green"), (2.5, "amber")])
+def test_tails_too_heavy_for_an_sd_are_neither_right_nor_wrong(scale, status):
+    model, guide = exact_guide(scale)
+    found = {mf.diagnose(guide, model, seed=seed).status for seed in range(4)}
+    assert found == {status}
+
+
+def test_an_event_too_rare_for_the_draws_is_neither_right_nor_wrong():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.deterministic("rare", x > 4.3)
+
+    guide = guide_at(model, [0.0], [1.0])
+    found = [mf.diagnose(guide, model, seed=seed) for seed in range(3)]
+    assert all(f.status in ("green", "amber") for f in found)
+    assert all(f.parameters.loc["x", "status"] == "green" for f in found)
+
+
+def test_a_smaller_mode_elsewhere_is_not_overlooked():
+    """The narrow one, at 20 in both directions, has 14 % of the mass."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 10.0).expand([2]).to_event(1))
+        here = math.log(0.1) + dist.Normal(0.0, 1.0).log_prob(x).sum(-1)
+        there = math.log(0.9) + dist.Normal(20.0, 0.3).log_prob(x).sum(-1)
+        pyro.factor("modes", torch.logaddexp(here, there))
+
+    assert mf.fit(model).diagnose().status != "green"
+
+
+def test_another_seed_is_a_second_opinion():
+    result = mf.fit(correlated)
+    first = result.diagnose()
+    assert result.diagnose(linear_response=True).reference is first.reference
+    assert result.diagnose(seed=1).reference is not first.reference
+
+
+def test_a_class_is_no_guide():
+    with pytest.raises(TypeError, match="the class AutoNormal"):
+        mf.diagnose(AutoNormal, conjugate, (X,))
 
 
 # -- guides that something else trained ------------------------------------------------------------
@@ -356,7 +441,8 @@ def test_weights_count():
 )
 def test_statuses_leave_two_standard_errors(mean, ratio, se, status):
     one = torch.ones(1)
-    found = MarginalErrors(one, one, one, mean * one, se * one, ratio * one, se * one, 0.0 * one)
+    errors = (mean * one, se * one, ratio * one, se * one)
+    found = MarginalErrors(one, one, one, *errors, 0.0 * one, -one, one > 0)
     assert found.statuses == [status]
 
 

@@ -326,7 +326,7 @@ def test_bad_proposals_are_refused():
     with pytest.raises(ValueError, match=r"must return draws of shape \(4000, 4\)"):
         importance_resample(log_joint, flat, num_draws=10)
     good = proposal_of(LOC, COVARIANCE)
-    with pytest.raises(ValueError, match="at least 25 draws"):
+    with pytest.raises(ValueError, match="num_proposals must be at least 25"):
         importance_resample(log_joint, good, num_proposals=24)
     with pytest.raises(ValueError, match="num_draws must be at least 1; got 0"):
         importance_resample(log_joint, good, num_draws=0)

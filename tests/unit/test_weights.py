@@ -267,3 +267,10 @@ def test_gradients_do_not_flow_through_a_diagnostic():
 def test_bad_weights_are_refused(log_weights, match):
     with pytest.raises(ValueError, match=match):
         psis(log_weights)
+
+
+def test_psis_takes_integers_for_numbers_and_no_arrays():
+    weights = torch.arange(100)
+    assert torch.equal(psis(weights).log_weights, psis(weights.double()).log_weights)
+    with pytest.raises(TypeError, match="tensor"):
+        psis(weights.numpy())
