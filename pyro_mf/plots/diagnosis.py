@@ -98,7 +98,7 @@ def _draw(axes: Axes, table: pd.DataFrame) -> None:
     axes.minorticks_off()
     known = table.dropna(subset=["mean_error", "sd_ratio"])
     if known.empty:
-        axes.text(0, 1, "no draws of the posterior\nto judge by", ha="center", va="center")
+        axes.text(0, 2.5, "no draws of the posterior\nto judge by", ha="center", va="center")
         return
     x = known["mean_error"].clip(-far, far).to_numpy(float)
     y = known["sd_ratio"].clip(1.0 / factor, factor).to_numpy(float)
