@@ -64,7 +64,8 @@ def main() -> None:
 
     args = load()
     reverse = mf.fit(murders, args, seed=options.seed)
-    forward = mf.fit(murders, args, objective=mf.ForwardKL(), family="auto", seed=options.seed)
+    family = "normal" if options.smoke else "auto"
+    forward = mf.fit(murders, args, objective=mf.ForwardKL(), family=family, seed=options.seed)
     stock = train_stock(args, 50 if options.smoke else 1000)
     verdicts = {
         "mean field": reverse.diagnose(),
