@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_mf.density import LogJoint
-from pyro_mf.density.blocks import Blocks, Evaluate
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.diagnostics.check import Check, worst
 from pyro_mf.diagnostics.claim import Claim
 from pyro_mf.diagnostics.diagnosis import Diagnosis
@@ -29,7 +29,7 @@ from pyro_mf.diagnostics.reference import (
 )
 from pyro_mf.diagnostics.verdict import headline, judge_drift, judge_marginals, judge_reference
 from pyro_mf.kernels import Metric
-from pyro_mf.solvers.meter import BudgetSpentError
+from pyro_mf.solvers.meter import BudgetSpentError, MeteredDensity
 from pyro_mf.solvers.outcome import Progress, Report, silent
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ DEFAULT_BUDGET = 10_000
 _NUM_DRAWS = 20_000  # of the approximation
 _NUM_CHAINS, _NUM_COSTLY_CHAINS = 128, 32
 _DRIFT_SHARE = 0.2  # of the budget, for the chains that look for a drift
-_ROWS = 64  # points at which a gradient counts as one
 _SEED = 2_000_003  # draws here are not those of the fit
 
 
@@ -82,35 +81,6 @@ def judge(
     with suppress(KeyboardInterrupt):  # what is known by then is judged
         trial.run(known)
     return trial.verdict(known, time.perf_counter() - began)
-
-
-class Counted:
-    """A density that may be asked so often.
-
-    Args:
-        density: The density.
-        max_gradients: How often, at 64 points each.
-    """
-
-    def __init__(self, density: Evaluate, max_gradients: int) -> None:
-        self._density, self._most = density, max_gradients
-        self._num_rows = 0
-
-    @property
-    def num_gradients(self) -> int:
-        """Gradients at 64 points each so far."""
-        return math.ceil(self._num_rows / _ROWS)
-
-    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and gradients at the rows of ``z``.
-
-        Raises:
-            BudgetSpentError: If it has been asked too often.
-        """
-        if self.num_gradients >= self._most:
-            raise BudgetSpentError
-        self._num_rows += len(z)
-        return self._density(z)
 
 
 class _Trial:
@@ -172,7 +142,7 @@ class _Trial:
         metric = Metric(start_of_draws(z).scale)
         generator = torch.Generator().manual_seed(self.seed)
         most = int(_DRIFT_SHARE * self.max_gradients)
-        density = Counted(self.blocks.value_and_grad, most)
+        density = MeteredDensity(self.blocks.value_and_grad, most)
         try:
             self.drift = measure_drift(density, z[:num], metric, generator=generator)
             self.has_drift = True

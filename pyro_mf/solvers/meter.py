@@ -6,9 +6,11 @@ import math
 
 from torch import Tensor
 
-from pyro_mf.density.blocks import Blocks
+from pyro_mf.density.blocks import Blocks, Evaluate
 from pyro_mf.solvers.fixed_draw_elbo import FixedDrawELBO
 from pyro_mf.solvers.outcome import Progress, Report
+
+ROWS = 64  # points at which a gradient of the log joint counts as one
 
 
 class BudgetSpentError(Exception):
@@ -77,3 +79,32 @@ class MeteredELBO(FixedDrawELBO):
         value, gradient = super().value_and_gradient(x)
         self._meter.count(self.num_draws, x, value)
         return value, gradient
+
+
+class MeteredDensity:
+    """A density that may be asked so often.
+
+    Args:
+        density: The density.
+        max_gradients: How often, at 64 points each.
+    """
+
+    def __init__(self, density: Evaluate, max_gradients: int) -> None:
+        self._density, self._most = density, max_gradients
+        self._num_rows = 0
+
+    @property
+    def num_gradients(self) -> int:
+        """Gradients at 64 points each so far."""
+        return math.ceil(self._num_rows / ROWS)
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients at the rows of ``z``.
+
+        Raises:
+            BudgetSpentError: If it has been asked too often.
+        """
+        if self.num_gradients >= self._most:
+            raise BudgetSpentError
+        self._num_rows += len(z)
+        return self._density(z)

@@ -21,7 +21,7 @@ from pyro_mf.kernels.tempering import tempered_smc
 from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.solvers.chains import MAX_LATE_RHAT, ChainRun
 from pyro_mf.solvers.judgement import least_far, with_checks
-from pyro_mf.solvers.meter import BudgetSpentError
+from pyro_mf.solvers.meter import ROWS, BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
 from pyro_mf.solvers.scouts import send_scouts
@@ -29,7 +29,6 @@ from pyro_mf.solvers.scouts import send_scouts
 # Latents up to which importance sampling is tried first.
 _MAX_IMPORTANCE = 25
 _MAX_TEMPERED = 300  # beyond, the temperatures take more than the budget
-_ROWS = 64  # points at which a gradient counts as one
 _NUM_CHAINS, _NUM_COSTLY_CHAINS = 64, 32
 _NUM_SCOUTS = 32
 # Density values for importance sampling, and share of the rest of the budget for chains: what they
@@ -108,7 +107,7 @@ class PosteriorSampler:
     @property
     def num_gradients(self) -> int:
         """Gradients at 64 points each so far."""
-        return math.ceil(self._num_rows / _ROWS)
+        return math.ceil(self._num_rows / ROWS)
 
     def draw(self, method: Source | None) -> Drawn | None:
         """Draw by the methods that suit the number of latents, until one passes its checks.
@@ -174,7 +173,7 @@ class PosteriorSampler:
         return self._by_tempering(is_rough=not is_last)
 
     def _by_importance(self) -> Drawn | None:
-        budget = _ROWS * (self.max_gradients - self.num_gradients)
+        budget = ROWS * (self.max_gradients - self.num_gradients)
         covariance = self.metric.covariance
         try:
             drawn = adaptive_importance(
@@ -248,7 +247,7 @@ class PosteriorSampler:
                 self._base(),
                 generator=self.generator,
                 tolerance=max(_ROUGH_ERROR, self.max_error) if is_rough else self.max_error,
-                max_evaluations=max(_ROWS, _ROWS * left),
+                max_evaluations=max(ROWS, ROWS * left),
             )
         except NonFiniteError as error:
             self.notes.append(f"{NAMES['smc']} failed: {error}")
