@@ -83,6 +83,30 @@ def evaluate(program: Program, z: Tensor, inputs: Inputs) -> Evaluation:
     )
 
 
+def collect(
+    program: Program, z: Tensor, inputs: Inputs, read: Callable[[Any], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Read tensors off the model's trace at each row of ``z``, without gradients.
+
+    Args:
+        program: The program.
+        z: Shape ``(S, D)``.
+        inputs: What else the model depends on.
+        read: From a trace to tensors by name.
+
+    Returns:
+        The tensors of all rows, which they lead with.
+    """
+
+    def one(row: Tensor) -> dict[str, dict[str, Tensor]]:
+        return {"": read(program.function.trace(row, inputs)[0])}
+
+    with torch.no_grad():
+        trace, _ = program.function.trace(z[0], inputs)
+        parts = [_batched(one, chunk, program.mode)[""] for chunk in z.split(_chunk_size(trace))]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def _collect(trace: Any, log_det: Tensor, prototype: Prototype) -> dict[str, dict[str, Tensor]]:
     nodes = {n: node for n, node in trace.nodes.items() if node["type"] == "sample"}
     prior = log_det.new_zeros(())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density.capture import Backend, PureFunction
-from pyro_mf.density.evaluation import Evaluation, evaluate
+from pyro_mf.density.evaluation import Evaluation, collect, evaluate
 from pyro_mf.density.footprint import Footprint, measure
 from pyro_mf.density.model_function import Inputs
 from pyro_mf.density.program import Batch, Mode, Program, value_and_gradients
@@ -152,6 +152,24 @@ class LogJoint:
         """Run the model at each row of ``(S, D)`` and collect everything it computes."""
         _ = self.mode  # how to vectorise is known from the first capture on
         return evaluate(self.program, self._check(z).detach(), self._inputs())
+
+    def collect(self, z: Tensor, read: Callable[[Any], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run the model at each row of ``(S, D)`` and read tensors off its trace.
+
+        Args:
+            z: Unconstrained vectors, shape ``(S, D)``.
+            read: From a trace with latents in their own space to tensors by name.
+
+        Returns:
+            The tensors of all rows, ``(S, ...)``.
+        """
+        _ = self.mode
+        return collect(self.program, self._check(z).detach(), self._inputs(), read)
+
+    def trace_at(self, z: Tensor) -> Any:
+        """The model's trace at one unconstrained vector ``(D,)``."""
+        with torch.no_grad():
+            return self.program.function.trace(self._check(z)[0], self._inputs())[0]
 
     def initial_points(self, num: int, *, seed: int | None = None, radius: float = 2.0) -> Tensor:
         """Points with a finite log joint and gradient, uniform in a box as in Stan.

@@ -5,8 +5,10 @@ It is where a path of tempered densities can begin that no mode of the posterior
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -46,7 +48,7 @@ class Prior:
     """
 
     def __init__(self, log_joint: LogJoint) -> None:
-        self._model = poutine.block(log_joint.model, hide_fn=_is_likelihood)
+        self._model = without_likelihood(log_joint.model)
         self._args, self._kwargs = log_joint.model_args, log_joint.model_kwargs
         self.layout = log_joint.layout
         self._sites = [site.name for site in self.layout.sites]
@@ -104,7 +106,8 @@ class Prior:
 
     def _run(self) -> Any:
         try:
-            with poutine.block():
+            # What is observed is not looked at, so neither is what a draw makes of its parameters.
+            with poutine.block(), pyro.validation_enabled(False):
                 return poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
         except NotImplementedError as error:
             raise ModelError(
@@ -127,6 +130,12 @@ class Prior:
                     "its prior density is not the one that it is drawn from. Scale or mask the "
                     "observed sites only."
                 )
+
+
+def without_likelihood(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model with its observed sites and ``pyro.factor`` terms hidden."""
+    hidden: Callable[..., Any] = poutine.block(model, hide_fn=_is_likelihood)
+    return hidden
 
 
 def _is_likelihood(node: Any) -> bool:

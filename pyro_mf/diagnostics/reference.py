@@ -16,7 +16,8 @@ from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Report
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws
-from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
+from pyro_mf.solvers.posterior_sampler import NAMES
+from pyro_mf.solvers.posterior_sampling import sample_posterior
 
 # Standard error of means and sds that is aimed at. The limits of a verdict could do with less, but
 # importance sampling of few draws has been seen to miss the neck of a funnel with a good k-hat.
@@ -128,30 +129,29 @@ def draw_reference(
     """
     is_cheap = len(start.loc) <= _CHEAP_LATENTS and not blocks.is_costly
     num_scouts = _NUM_SCOUTS if is_cheap else _NUM_COSTLY_SCOUTS
-    sampler = PosteriorSampler(
-        blocks,
-        start.loc,
-        start.scale,
-        max_error=_MAX_ERROR,
-        aim=_MAX_ERROR,
-        max_gradients=max(1, max_gradients),
-        generator=torch.Generator().manual_seed(seed),
-        report=report,
-        starts=starts,
-        num_scouts=num_scouts,
-        max_late_rhat=MAX_RHAT,  # slow chains know errors of the size that is asked for
-    )
     try:
-        drawn = sampler.draw(None)
+        sampling = sample_posterior(
+            blocks,
+            start.loc,
+            start.scale,
+            max_error=_MAX_ERROR,
+            aim=_MAX_ERROR,
+            max_gradients=max(1, max_gradients),
+            seed=seed,
+            report=report,
+            starts=starts,
+            num_scouts=num_scouts,
+            max_late_rhat=MAX_RHAT,  # slow chains know errors of the size that is asked for
+        )
     except NonFiniteError as error:
         return None, (str(error),)
+    drawn = sampling.drawn
     if drawn is None:
-        reasons = tuple(sampler.notes) or (f"the sampling ended ({sampler.ending})",)
-        return None, reasons
+        return None, sampling.notes or (f"the sampling ended ({sampling.ending})",)
     averages, draws = drawn
     # Errors that are larger than was aimed at are in the standard errors of all that follows.
     problems = tuple(p for p in draws.problems if not p.startswith(IMPRECISE))
-    if sampler.ending == "interrupted":
+    if sampling.ending == "interrupted":
         problems += ("the sampling was interrupted",)
-    found = Reference(averages, draws, problems, sampler.num_gradients, num_scouts)
-    return found, tuple(sampler.notes)
+    found = Reference(averages, draws, problems, sampling.num_gradients, num_scouts)
+    return found, sampling.notes

@@ -32,7 +32,8 @@ from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Forward, Outcome, Progress, Report, silent
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
-from pyro_mf.solvers.posterior_sampler import NAMES, PosteriorSampler
+from pyro_mf.solvers.posterior_sampler import NAMES
+from pyro_mf.solvers.posterior_sampling import sample_posterior
 
 # Standard errors that fit into the tolerance: so large is the largest of thousands of errors. Where
 # draws are cheap, twice as many: at the default every mean is then within .05 sds by four of them.
@@ -88,29 +89,30 @@ def solve_moments(
     if start.stop_reason in ("diverged", "interrupted"):
         message = f"the reverse KL's fit, where draws would start, ended: {start.message}"
         return replace(start, message=message, response=None)
-    sampler = PosteriorSampler(
+    began = time.perf_counter()
+    sampling = sample_posterior(
         Blocks(log_joint),
         loc,
         scale,
+        method=method,
         max_error=tolerance / _Z,
         aim=tolerance / (_Z_AIM if log_joint.footprint.num_operations < _MANY_OPERATIONS else _Z),
         max_gradients=max(1, max_gradients - start.num_gradients),
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
         report=report,
     )
-    began = time.perf_counter()
-    drawn = sampler.draw(method)
     seconds["draw"] = time.perf_counter() - began
-    num_gradients = start.num_gradients + sampler.num_gradients
+    num_gradients = start.num_gradients + sampling.num_gradients
+    drawn = sampling.drawn
     if drawn is None:
         return replace(
             start,
-            stop_reason="budget" if sampler.ending == "converged" else sampler.ending,
+            stop_reason="budget" if sampling.ending == "converged" else sampling.ending,
             message="no draws of the posterior that are of use were made; the guide holds the "
             "reverse KL's optimum",
             num_gradients=num_gradients,
             seconds=seconds,
-            notes=(*start.notes, *sampler.notes),
+            notes=(*start.notes, *sampling.notes),
             response=None,
         )
     found = _fit(
@@ -122,10 +124,10 @@ def solve_moments(
         gaussian=(loc, torch.diag(scale) if scale.dim() == 1 else scale),
     )
     draws, disorder = drawn[1], _describe_disorder(found)
-    ending = "budget" if disorder and sampler.ending == "converged" else sampler.ending
+    ending = "budget" if disorder and sampling.ending == "converged" else sampling.ending
     if ending == "converged":
         message = _describe(draws)
-    elif sampler.ending == "interrupted":
+    elif sampling.ending == "interrupted":
         message = f"interrupted by the user; fitted to {NAMES[draws.source]} so far"
     else:
         problems = (*draws.problems, *disorder)
@@ -136,7 +138,7 @@ def solve_moments(
         message=message,
         num_gradients=num_gradients,
         seconds=seconds | found.seconds,
-        notes=(*_start_notes(start), *sampler.notes, *found.notes),
+        notes=(*_start_notes(start), *sampling.notes, *found.notes),
     )
 
 

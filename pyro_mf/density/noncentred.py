@@ -1,0 +1,193 @@
+r"""The same posterior in coordinates in which hierarchies are easier to draw from.
+
+Where the prior of a latent has a scale that is a latent itself, the two form a funnel: no step size
+suits its neck and its mouth. In units of the prior's scale, :math:`e = (z - \mu) / \tau`, the prior
+is a product; in the units of the data, z itself, a precise likelihood is. In between are
+:math:`e = (z - \mu) \tau^{c - 1} + c \mu` with c from 0, non-centred, to 1, centred. The best c is
+about the share of what is known of z that is known from the data.
+
+References:
+    Papaspiliopoulos, Roberts and Sköld (2007), A General Framework for the Parametrization of
+    Hierarchical Models, Statistical Science 22(1)
+    Gorinova, Moore and Hoffman (2020), Automatic Reparameterisation of Probabilistic Programs,
+    https://arxiv.org/abs/1906.03028
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
+from torch import Tensor
+
+from pyro_mf._errors import ModelError
+from pyro_mf.density.log_joint import LogJoint
+from pyro_mf.density.prior import without_likelihood
+from pyro_mf.density.sites import Site
+
+_NUM_DRAWS = 64  # at which scales are looked at
+_CENTRED = 0.5  # data that say more about every latent than this leave nothing to mend
+_VARIES = 1e-6  # relative difference of a scale between draws that is none by rounding
+# Relative difference of log densities, which are the same number, by the rounding of the dtype.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+class Noncentred:
+    """A log joint with some of its latents in units of their priors' scales, in part.
+
+    Args:
+        log_joint: The log joint.
+        centred: By site how far each element stays centred, from 0 to 1, in the site's shape.
+
+    Raises:
+        ModelError: If Pyro cannot reparametrise the model so.
+
+    Attributes:
+        log_joint: The log joint in the new coordinates, in which a site ``theta`` is
+            ``theta_decentered``.
+        sites: Names of the sites that are not as they were.
+    """
+
+    def __init__(self, log_joint: LogJoint, centred: Mapping[str, Tensor]) -> None:
+        self._centred = dict(centred)
+        args, kwargs = log_joint.model_args, log_joint.model_kwargs
+        config = {name: LocScaleReparam(c) for name, c in centred.items()}
+        prior = without_likelihood(log_joint.model)
+        self.sites = tuple(centred)
+        self._old_layout = log_joint.layout
+        try:
+            self.log_joint = LogJoint(poutine.reparam(log_joint.model, config), args, kwargs)
+            self._old = LogJoint(prior, args, kwargs, backend="graph")
+            self._new = LogJoint(poutine.reparam(prior, config), args, kwargs, backend="graph")
+        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+            raise ModelError(f"Pyro cannot reparametrise {list(self.sites)}: {error}") from error
+
+    def to_noncentred(self, z: Tensor) -> Tensor:
+        """The new coordinates ``(S, D)`` of rows ``(S, D)`` in the old ones."""
+        found = self._old_layout.unpack(z)
+        for name, (loc, scale) in _locs_and_scales(self._old, self.sites, z).items():
+            c = self._centred[name].to(z)
+            delta = (found[name] - loc) * scale.pow(c - 1.0)
+            found[f"{name}_decentered"] = delta + c * loc
+        return self.log_joint.layout.pack(found)
+
+    def to_centred(self, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The old coordinates ``(S, D)`` of rows in the new ones, and log Jacobians ``(S,)``.
+
+        The log density in the old coordinates is that in the new ones less the log Jacobian.
+        """
+        new = self.log_joint.layout.unpack(e)
+        values = self._new.collect(
+            e, lambda trace: {name: trace.nodes[name]["value"] for name in self.sites}
+        )
+        z = self._old_layout.pack(new | values).to(e)
+        log_det = e.new_zeros(len(e))
+        for name, (_, scale) in _locs_and_scales(self._old, self.sites, z).items():
+            log_det += ((1.0 - self._centred[name].to(e)) * scale.log()).reshape(len(e), -1).sum(1)
+        return z, log_det
+
+
+def find_noncentred(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Noncentred | None:
+    """Better coordinates for a hierarchy, judged by a Gaussian that is near the posterior.
+
+    Args:
+        log_joint: The log joint.
+        loc: Location of the Gaussian, shape ``(D,)``.
+        scale: Its sds, shape ``(D,)``, or the Cholesky factor of its covariance, ``(D, D)``.
+
+    Returns:
+        ``None`` where no latent's scale is a latent, where data say enough about all of them, or
+        where the posterior in the new coordinates is not the same, as under ``poutine.scale``.
+    """
+    if log_joint.mode not in ("vmap", "graph"):  # drawn one after another; nothing would be won
+        return None
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(_NUM_DRAWS, len(loc), generator=generator, dtype=loc.dtype)
+    z = loc + (noise * scale if scale.dim() == 1 else noise @ scale.T)
+    z = z.to(dtype=log_joint.dtype, device=log_joint.device)
+    try:
+        centred = _shares_of_data(log_joint, z, _conditional_sd(scale).to(z))
+        if all(bool((c >= _CENTRED).all()) for c in centred.values()):
+            return None
+        found = Noncentred(log_joint, centred)
+        return found if _is_same(log_joint, found, z) else None
+    except ModelError:
+        return None
+
+
+def _shares_of_data(log_joint: LogJoint, z: Tensor, sd: Tensor) -> dict[str, Tensor]:
+    """How much of each latent's precision is not the prior's, for sites whose scale varies."""
+    sites = {site.name: site for site in log_joint.layout.sites if site.is_real}
+    prior = LogJoint(
+        without_likelihood(log_joint.model),
+        log_joint.model_args,
+        log_joint.model_kwargs,
+        backend="graph",
+    )
+    nodes = prior.trace_at(z[0]).nodes
+    names = tuple(name for name in sites if _has_scale(nodes[name]["fn"]))
+    found = {}
+    for name, (_, scale) in _locs_and_scales(prior, names, z).items():
+        site: Site = sites[name]
+        varies = (scale - scale[0]).abs().max() > _VARIES * scale.abs().max()
+        if scale.shape[1:] != site.shape or not bool(varies):
+            continue
+        known = sd[site.start : site.stop].reshape(site.shape)
+        typical = scale.median(0).values
+        found[name] = (1.0 - (known / typical).square()).clamp(0.0, 1.0)
+    return found
+
+
+def _has_scale(fn: Any) -> bool:
+    fn = _base(fn)
+    return {"loc", "scale"} <= set(fn.arg_constraints) and fn.event_dim == 0
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _conditional_sd(scale: Tensor) -> Tensor:
+    """Sds of a Gaussian's elements given all others, shape ``(D,)``."""
+    if scale.dim() == 1:
+        return scale
+    identity = torch.eye(len(scale), dtype=scale.dtype)
+    inverse = torch.linalg.solve_triangular(scale, identity, upper=False)
+    return inverse.square().sum(0).rsqrt()
+
+
+def _locs_and_scales(
+    prior: LogJoint, names: tuple[str, ...], z: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of the sites' distributions at each row, in the sites' shapes."""
+
+    def read(trace: Any) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            node = trace.nodes[name]
+            fn, shape = _base(node["fn"]), node["value"].shape
+            found[f"{name} loc"] = fn.loc.expand(shape)
+            found[f"{name} scale"] = fn.scale.expand(shape)
+        return found
+
+    if not names:
+        return {}
+    found = prior.collect(z, read)
+    return {name: (found[f"{name} loc"].to(z), found[f"{name} scale"].to(z)) for name in names}
+
+
+def _is_same(log_joint: LogJoint, found: Noncentred, z: Tensor) -> bool:
+    """Whether log densities differ by the log Jacobian and nothing else."""
+    e = found.to_noncentred(z)
+    back, log_det = found.to_centred(e)
+    old, new = log_joint.value_and_grad(z)[0], found.log_joint.value_and_grad(e)[0] - log_det
+    usable = torch.isfinite(old) & torch.isfinite(new)
+    close = _ROUNDING[log_joint.dtype]
+    same = (old - new).abs() <= close * (1.0 + old.abs())
+    there = (back - z).abs().amax(1) <= close**0.5 * (1.0 + z.abs().amax(1))
+    return bool(usable.any()) and bool((same & there)[usable].all())
