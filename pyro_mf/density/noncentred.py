@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
 
 from pyro_mf._errors import ModelError
@@ -29,7 +30,9 @@ from pyro_mf.density.prior import without_likelihood
 from pyro_mf.density.sites import Site
 
 _NUM_DRAWS = 64  # at which scales are looked at
-_CENTRED = 0.5  # data that say more about every latent than this leave nothing to mend
+# Share of the data from which on a latent stays centred by as much. With less it is non-centred as
+# a whole: what is typical is no guide to the neck, where the prior's scale is far below that.
+_CENTRED = 0.5
 _VARIES = 1e-6  # relative difference of a scale between draws that is none by rounding
 # Relative difference of log densities, which are the same number, by the rounding of the dtype.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -54,7 +57,7 @@ class Noncentred:
     def __init__(self, log_joint: LogJoint, centred: Mapping[str, Tensor]) -> None:
         self._centred = dict(centred)
         args, kwargs = log_joint.model_args, log_joint.model_kwargs
-        config = {name: LocScaleReparam(c) for name, c in centred.items()}
+        config: dict[str, Reparam] = {n: LocScaleReparam(c) for n, c in centred.items()}
         prior = without_likelihood(log_joint.model)
         self.sites = tuple(centred)
         self._old_layout = log_joint.layout
@@ -110,7 +113,8 @@ def find_noncentred(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Noncentr
     z = z.to(dtype=log_joint.dtype, device=log_joint.device)
     try:
         centred = _shares_of_data(log_joint, z, _conditional_sd(scale).to(z))
-        if all(bool((c >= _CENTRED).all()) for c in centred.values()):
+        centred = {n: torch.where(c < _CENTRED, 0.0, c) for n, c in centred.items()}
+        if all(bool(c.all()) for c in centred.values()):
             return None
         found = Noncentred(log_joint, centred)
         return found if _is_same(log_joint, found, z) else None
@@ -158,7 +162,8 @@ def _conditional_sd(scale: Tensor) -> Tensor:
         return scale
     identity = torch.eye(len(scale), dtype=scale.dtype)
     inverse = torch.linalg.solve_triangular(scale, identity, upper=False)
-    return inverse.square().sum(0).rsqrt()
+    conditional: Tensor = inverse.square().sum(0).rsqrt()
+    return conditional
 
 
 def _locs_and_scales(
