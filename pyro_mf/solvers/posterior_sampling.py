@@ -14,10 +14,11 @@ from pyro_mf.density.noncentred import Noncentred, find_noncentred
 from pyro_mf.guides import AutoMeanField
 from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.solvers.chains import IMPRECISE, ChainDraws
-from pyro_mf.solvers.normal_start import NormalStart, fit_normal
-from pyro_mf.solvers.outcome import Report, StopReason
+from pyro_mf.solvers.normal_start import fit_normal
+from pyro_mf.solvers.outcome import Outcome, Report, StopReason
 from pyro_mf.solvers.posterior_draws import PosteriorDraws, Source
 from pyro_mf.solvers.posterior_sampler import Drawn, PosteriorSampler
+from pyro_mf.solvers.tails import describe_tails
 
 # Share of the error asked for that is asked for in other coordinates, in which it is another.
 _STRICTER = 0.8
@@ -69,57 +70,72 @@ def sample_posterior(
         starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
         options: Others of :class:`PosteriorSampler`.
     """
-    spent = 0
+    options |= {"generator": torch.Generator().manual_seed(seed), "report": report}
     hierarchy = find_noncentred(blocks.log_joint, loc, scale)
+    start = None
     if hierarchy is not None:
         start = _start_in(hierarchy, seed, int(_MAX_START_SHARE * max_gradients), report)
-        if start is None:
-            hierarchy = None
-        elif start.outcome is not None:
-            spent = start.outcome.num_gradients
-            if start.outcome.stop_reason == "interrupted":
-                return Sampling(None, "interrupted", (), spent)
-    if hierarchy is not None and start is not None:
-        blocks, loc, scale = Blocks(hierarchy.log_joint), start.loc, start.scale
-        if start.outcome is not None and start.outcome.response is not None:
-            scale = start.outcome.response.scale_tril.double().cpu()
-        starts = None if starts is None else hierarchy.to_noncentred(starts)
-    share = 1.0 if hierarchy is None else _STRICTER
+    if hierarchy is None or start is None:
+        sampler = PosteriorSampler(
+            blocks,
+            loc,
+            scale,
+            max_error=max_error,
+            aim=aim,
+            max_gradients=max_gradients,
+            starts=starts,
+            **options,
+        )
+        return Sampling(
+            sampler.draw(method), sampler.ending, tuple(sampler.notes), sampler.num_gradients
+        )
+    outcome, loc, scale = start
+    if outcome.stop_reason == "interrupted":
+        return Sampling(None, "interrupted", (), outcome.num_gradients)
     sampler = PosteriorSampler(
-        blocks,
+        Blocks(hierarchy.log_joint),
         loc,
         scale,
-        max_error=share * max_error,
-        aim=share * aim,
-        max_gradients=max(1, max_gradients - spent),
-        generator=torch.Generator().manual_seed(seed),
-        report=report,
-        starts=starts,
+        max_error=_STRICTER * max_error,
+        aim=_STRICTER * aim,
+        max_gradients=max(1, max_gradients - outcome.num_gradients),
+        starts=None if starts is None else hierarchy.to_noncentred(starts),
         **options,
     )
-    drawn = sampler.draw(method)
-    if drawn is not None and hierarchy is not None:
-        drawn = _back(drawn, hierarchy, max_error)
-    return Sampling(drawn, sampler.ending, tuple(sampler.notes), spent + sampler.num_gradients)
+    drawn, ending, notes = sampler.draw(method), sampler.ending, tuple(sampler.notes)
+    if drawn is not None:
+        drawn = _back(drawn, hierarchy, blocks, max_error)
+        if drawn[1].problems and ending == "converged":
+            ending, notes = "budget", (*notes, *drawn[1].problems)
+    return Sampling(drawn, ending, notes, outcome.num_gradients + sampler.num_gradients)
 
 
 def _start_in(
     hierarchy: Noncentred, seed: int, max_gradients: int, report: Report
-) -> NormalStart | None:
-    """The reverse KL's optimum in the new coordinates; ``None`` where it has none."""
+) -> tuple[Outcome, Tensor, Tensor] | None:
+    """The reverse KL's optimum in the new coordinates, with its location and scale, if any."""
     log_joint = hierarchy.log_joint
     try:
         guide = AutoMeanField(log_joint.model)
         guide.setup(*log_joint.model_args, **log_joint.model_kwargs)
-        found = fit_normal(log_joint, guide, seed=seed, max_gradients=max_gradients, report=report)
+        outcome, loc, scale = fit_normal(
+            log_joint, guide, seed=seed, max_gradients=max_gradients, report=report
+        )
     except (ModelError, NonFiniteError):
         return None
-    is_usable = found.outcome is not None and found.outcome.stop_reason != "diverged"
-    return found if is_usable else None
+    if outcome is None or outcome.stop_reason == "diverged":
+        return None
+    if outcome.response is not None:
+        scale = outcome.response.scale_tril.double().cpu()
+    return outcome, loc, scale
 
 
-def _back(drawn: Drawn, hierarchy: Noncentred, max_error: float) -> Drawn:
-    """The draws in the model's own coordinates, with their errors there."""
+def _back(drawn: Drawn, hierarchy: Noncentred, own: Blocks, max_error: float) -> Drawn:
+    """The draws in the model's own coordinates, with their errors and tails there.
+
+    Raises:
+        TypeError: If the draws are of an unknown kind.
+    """
     averages, draws = drawn
     z, log_det = hierarchy.to_centred(draws.z)
     log_density = draws.log_density - log_det
@@ -137,10 +153,12 @@ def _back(drawn: Drawn, hierarchy: Noncentred, max_error: float) -> Drawn:
     found: PosteriorDraws = replace(
         draws, z=z, log_density=log_density, mean_error=mean_error, sd_error=sd_error
     )
-    if found.largest_error > max_error and not any(p.startswith(IMPRECISE) for p in draws.problems):
-        problem = (
+    problems = list(draws.problems)
+    if found.largest_error > max_error and not any(p.startswith(IMPRECISE) for p in problems):
+        problems.append(
             f"{IMPRECISE} of a mean or sd is {found.largest_error:.3f} sds, where {max_error:.3f} "
             "was wanted"
         )
-        found = replace(found, problems=(*draws.problems, problem))
-    return averages, found
+    names = own.log_joint.layout.element_names()
+    problems += [p for p in describe_tails(own.values, found, names) if p not in problems]
+    return averages, replace(found, problems=tuple(problems))
