@@ -44,7 +44,18 @@ def short_chains(monkeypatch):
     monkeypatch.setattr(pyro_mf, "run_nuts", run_nuts)
 
 
-@pytest.mark.usefixtures("float32", "short_chains")
+@pytest.fixture
+def few_simulations(monkeypatch):
+    """As few data sets to calibrate on, for the same reason: how many changes no road taken."""
+    whole = pyro_mf.calibrate
+
+    def calibrate(model, simulate=None, num_simulations=20, **settings):
+        return whole(model, simulate, min(num_simulations, 20), **settings)
+
+    monkeypatch.setattr(pyro_mf, "calibrate", calibrate)
+
+
+@pytest.mark.usefixtures("float32", "short_chains", "few_simulations")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
