@@ -65,7 +65,7 @@ class Noncentred:
             self.log_joint = LogJoint(poutine.reparam(log_joint.model, config), args, kwargs)
             self._old = LogJoint(prior, args, kwargs, backend="graph")
             self._new = LogJoint(poutine.reparam(prior, config), args, kwargs, backend="graph")
-        except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"Pyro cannot reparametrise {list(self.sites)}: {error}") from error
 
     def to_noncentred(self, z: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def find_noncentred(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Noncentr
         scale: Its sds, shape ``(D,)``, or the Cholesky factor of its covariance, ``(D, D)``.
 
     Returns:
-        ``None`` where no latent's scale is a latent, where data say enough about all of them, or
+        ``None`` where no latent's scale is a latent, where data say enough about most of them, or
         where the posterior in the new coordinates is not the same, as under ``poutine.scale``.
     """
     if log_joint.mode not in ("vmap", "graph"):  # drawn one after another; nothing would be won
@@ -113,9 +113,9 @@ def find_noncentred(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Noncentr
     z = z.to(dtype=log_joint.dtype, device=log_joint.device)
     try:
         centred = _shares_of_data(log_joint, z, _conditional_sd(scale).to(z))
-        centred = {n: torch.where(c < _CENTRED, 0.0, c) for n, c in centred.items()}
-        if all(bool(c.all()) for c in centred.values()):
+        if all(float(c.median()) >= _CENTRED for c in centred.values()):
             return None
+        centred = {n: torch.where(c < _CENTRED, 0.0, c) for n, c in centred.items()}
         found = Noncentred(log_joint, centred)
         return found if _is_same(log_joint, found, z) else None
     except ModelError:

@@ -120,14 +120,7 @@ class PosteriorSampler:
             ``None`` where there are none.
         """
         try:
-            self._scouts = send_scouts(
-                self._density,
-                self.loc,
-                self.metric,
-                num=self._num_scouts,
-                generator=self.generator,
-                prior=self._prior,
-            )
+            self._scouts = self._send_scouts()
             methods = self._methods(method)
             while methods:
                 self._phase = name = methods.pop(0)
@@ -151,6 +144,21 @@ class PosteriorSampler:
         if self.ending == "converged" and (best is None or best[1].problems):
             self.ending = "budget"
         return best
+
+    def _send_scouts(self) -> Tensor:
+        for prior in (self._prior, None):
+            try:
+                return send_scouts(
+                    self._density,
+                    self.loc,
+                    self.metric,
+                    num=self._num_scouts,
+                    generator=self.generator,
+                    prior=prior,
+                )
+            except ModelError as error:
+                self._lose_prior(error)
+        return self._scouts
 
     def _methods(self, method: Source | None) -> list[Source]:
         if method is not None:
@@ -249,7 +257,7 @@ class PosteriorSampler:
                 tolerance=max(_ROUGH_ERROR, self.max_error) if is_rough else self.max_error,
                 max_evaluations=max(ROWS, ROWS * left),
             )
-        except NonFiniteError as error:
+        except (ModelError, NonFiniteError) as error:
             self.notes.append(f"{NAMES['smc']} failed: {error}")
             return None
         numbers = {
@@ -290,9 +298,12 @@ class PosteriorSampler:
             prior = Prior(self.blocks.log_joint)
             prior.sample(1, self.generator)
         except ModelError as error:
-            self._no_prior = str(error)
+            self._lose_prior(error)
             return None
         return prior
+
+    def _lose_prior(self, error: ModelError) -> None:
+        self._prior, self._no_prior = None, str(error)
 
     def _base(self) -> Base:
         """Where tempering starts: the prior, which reaches all modes, if it can be drawn from."""

@@ -8,10 +8,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import constraints
 
 from benchmarks.forward_problems import eight_schools
 from pyro_mf import AutoMeanField
+from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.prior import Prior
 from pyro_mf.solvers import chains, posterior_sampler
 from pyro_mf.solvers.moment_matching import fit_given, solve_moments
 
@@ -38,6 +41,13 @@ def funnel():
     v = pyro.sample("v", dist.Normal(0.0, 3.0))
     with pyro.plate("row", 9):
         pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+
+
+def funnel_by_factors():
+    """The same density, of which nobody sees what scales what."""
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    x = pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (9,)))
+    pyro.factor("rows", dist.Normal(0.0, (v / 2).exp()).log_prob(x).sum())
 
 
 def swapped_labels(y):
@@ -102,11 +112,35 @@ def test_control_without_scouts_one_of_two_far_modes_is_taken_for_all(monkeypatc
     assert float(scale[1:].max()) < 0.5
 
 
-def test_a_funnel_is_not_said_to_have_converged():
-    outcome, _, _ = solve(funnel, max_gradients=2500)
+@pytest.mark.parametrize("model", [funnel, funnel_by_factors])
+def test_a_funnel_is_not_said_to_have_converged(model):
+    """Its rows have tails whose sd no number of draws tells."""
+    outcome, _, _ = solve(model, max_gradients=2500)
     assert outcome.stop_reason == "budget"
     assert "k-hat" in " ".join(outcome.notes)
     assert outcome.forward.draws.problems
+
+
+def test_the_scale_of_a_funnel_is_known_where_it_is_seen_to_be_one():
+    _, loc, scale = solve(funnel)
+    assert abs(float(loc[0])) / 3.0 < 0.1  # four standard errors
+    assert abs(math.log(float(scale[0]) / 3.0)) < 0.1
+
+
+def test_a_model_that_fails_at_draws_of_its_prior_is_fitted_all_the_same():
+    def fails_above_two(y):
+        z = pyro.sample("z", dist.Normal(0.0, 3.0))
+        tril = torch.linalg.cholesky((2.0 - z) * torch.eye(1))
+        pyro.sample("y", dist.Normal(z + 0.0 * tril.sum(), 0.1), obs=y)
+
+    y = torch.tensor(-1.0)
+    with pytest.raises(ModelError, match="fails at a draw from its prior"):
+        Prior(LogJoint(fails_above_two, (y,))).sample(100, torch.Generator().manual_seed(0))
+    outcome, loc, scale = solve(fails_above_two, y)
+    assert outcome.converged
+    exact = 1.0 / math.sqrt(1.0 / 9.0 + 100.0)
+    assert float(scale) == pytest.approx(exact, rel=0.1)
+    assert float(loc) == pytest.approx(-100.0 * exact**2, abs=0.1 * exact)
 
 
 def test_same_seed_same_bits_and_the_global_generator_stays():

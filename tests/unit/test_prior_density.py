@@ -133,3 +133,17 @@ def test_draws_at_the_edge_of_a_support_are_refused():
 
     with pytest.raises(ModelError, match="at infinity on the unconstrained axis"):
         Prior(LogJoint(edge)).sample(100, generator())
+
+
+def overflows(y):
+    """An ordinary curve that some draws of a heavy-tailed prior take beyond all numbers."""
+    rate = pyro.sample("rate", dist.HalfCauchy(1.0))
+    curve = (rate * torch.arange(1.0, 4.0) * 100.0).exp() - (rate * 300.0).exp()
+    pyro.sample("y", dist.Normal(curve, 1.0).to_event(1), obs=y)
+
+
+def test_draws_that_have_no_likelihood_are_draws_of_the_prior():
+    log_joint = LogJoint(overflows, (torch.tensor([-1.0, -1.0, 0.0]),), backend="graph")
+    rate = log_joint.constrain(Prior(log_joint).sample(600, generator()))["rate"]
+    assert stats.kstest(rate, stats.halfcauchy.cdf).pvalue > 1e-4
+    assert float(rate.max()) > 10.0  # where the curve is infinity less infinity
