@@ -102,12 +102,13 @@ def sample_posterior(
         starts=None if starts is None else hierarchy.to_noncentred(starts),
         **options,
     )
-    drawn, ending, notes = sampler.draw(method), sampler.ending, tuple(sampler.notes)
+    drawn, ending = sampler.draw(method), sampler.ending
     if drawn is not None:
         drawn = _back(drawn, hierarchy, blocks, max_error)
         if drawn[1].problems and ending == "converged":
-            ending, notes = "budget", (*notes, *drawn[1].problems)
-    return Sampling(drawn, ending, notes, outcome.num_gradients + sampler.num_gradients)
+            ending = "budget"
+    spent = outcome.num_gradients + sampler.num_gradients
+    return Sampling(drawn, ending, tuple(sampler.notes), spent)
 
 
 def _start_in(

@@ -117,7 +117,7 @@ def test_a_funnel_is_not_said_to_have_converged(model):
     """Its rows have tails whose sd no number of draws tells."""
     outcome, _, _ = solve(model, max_gradients=2500)
     assert outcome.stop_reason == "budget"
-    assert "k-hat" in " ".join(outcome.notes)
+    assert "k-hat" in " ".join((outcome.message, *outcome.notes))
     assert outcome.forward.draws.problems
 
 
