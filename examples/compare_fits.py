@@ -72,7 +72,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)  # arrays of this size are slower on several threads
-    short = {"num_samples": 50, "warmup_steps": 50, "num_chains": 2}
+    short = {"num_samples": 50, "warmup_steps": 50, "num_chains": 2, "max_tree_depth": 4}
     size = short if args.smoke else {"num_samples": 400, "warmup_steps": 300, "num_chains": 4}
     num_draws = 300 if args.smoke else 2000
     for name, (model, data, coords) in list(problems().items())[: 1 if args.smoke else None]:
