@@ -124,7 +124,7 @@ class _Trial:
         if start is None:
             start = find_start(self.blocks, self.z, seed=self.seed, report=self.report)
             self.num_gradients += start.num_gradients
-        self.reference, self.notes = draw_reference(
+        self.reference, self.notes, spent = draw_reference(
             self.blocks,
             start,
             starts,
@@ -132,8 +132,7 @@ class _Trial:
             max_gradients=self.max_gradients - self.num_gradients,
             report=self.report,
         )
-        if self.reference is not None:
-            self.num_gradients += self.reference.num_gradients
+        self.num_gradients += spent
 
     def _drift(self, z: Tensor) -> Tensor:
         """Where chains from the approximation's draws get to."""

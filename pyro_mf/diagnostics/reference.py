@@ -24,6 +24,10 @@ from pyro_mf.solvers.posterior_sampling import sample_posterior
 _MAX_ERROR = 0.025
 # Climbs from elsewhere, many where a gradient takes little: what they do not reach is not seen.
 _NUM_SCOUTS, _NUM_COSTLY_SCOUTS, _CHEAP_LATENTS = 128, 32, 25
+_WITHOUT_DRAWS: dict[str, str] = {
+    "budget": "chains were still on their way to it after {} gradients; max_gradients gives more",
+    "interrupted": "the sampling was interrupted",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +55,12 @@ class Reference:
         averages: What averages over them and knows the errors.
         draws: The draws.
         problems: Why they are not to be believed; empty where nothing speaks against them.
-        num_gradients: Gradients at 64 points each that they took.
         num_scouts: Climbs from elsewhere that were to find other modes.
     """
 
     averages: Expectations
     draws: PosteriorDraws
     problems: tuple[str, ...]
-    num_gradients: int
     num_scouts: int
 
     @property
@@ -113,7 +115,7 @@ def draw_reference(
     seed: int,
     max_gradients: int,
     report: Report,
-) -> tuple[Reference | None, tuple[str, ...]]:
+) -> tuple[Reference | None, tuple[str, ...], int]:
     """Draw from the posterior by the methods of the forward KL, chains from the approximation.
 
     Args:
@@ -125,7 +127,8 @@ def draw_reference(
         report: Called with the progress.
 
     Returns:
-        The draws, ``None`` where there are none of any use, and what went wrong on the way.
+        The draws, ``None`` where there are none of any use; what went wrong on the way; and the
+        gradients that it took.
     """
     is_cheap = len(start.loc) <= _CHEAP_LATENTS and not blocks.is_costly
     num_scouts = _NUM_SCOUTS if is_cheap else _NUM_COSTLY_SCOUTS
@@ -144,14 +147,17 @@ def draw_reference(
             max_late_rhat=MAX_RHAT,  # slow chains know errors of the size that is asked for
         )
     except NonFiniteError as error:
-        return None, (str(error),)
-    drawn = sampling.drawn
+        return None, (str(error),), 0
+    drawn, spent = sampling.drawn, sampling.num_gradients
     if drawn is None:
-        return None, sampling.notes or (f"the sampling ended ({sampling.ending})",)
+        why = sampling.notes or (
+            _WITHOUT_DRAWS.get(sampling.ending, "none were made").format(spent),
+        )
+        return None, why, spent
     averages, draws = drawn
     # Errors that are larger than was aimed at are in the standard errors of all that follows.
     problems = tuple(p for p in draws.problems if not p.startswith(IMPRECISE))
     if sampling.ending == "interrupted":
         problems += ("the sampling was interrupted",)
-    found = Reference(averages, draws, problems, sampling.num_gradients, num_scouts)
-    return found, sampling.notes
+    found = Reference(averages, draws, problems, num_scouts)
+    return found, sampling.notes, spent

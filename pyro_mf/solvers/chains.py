@@ -14,6 +14,7 @@ from pyro_mf.density.blocks import Evaluate
 from pyro_mf.kernels import Metric, Mixing, ParallelHMC, initialise, measure_mixing
 from pyro_mf.kernels.mixing import effective_sample_size
 from pyro_mf.solvers.posterior_draws import PosteriorDraws, Source
+from pyro_mf.solvers.scouts import LOWER, LOWER_EACH
 
 _WARM_UP, _ROUND = 200, 50
 # R-hat up to which chains agree, and above which more iterations are not the cure.
@@ -115,8 +116,8 @@ class ChainRun:
         layout: Names of the latents.
         scouts: Points reached from elsewhere, shape ``(K, D)``; a quarter of the chains start at
             the farthest. If there is another mode, those do not agree with the others.
-        starts: Where the others start, shape ``(K, D)``; by default, or where there is no density,
-            draws of the Gaussian.
+        starts: Where the others start, shape ``(K, D)``; by default, or where the density is far
+            below that of such draws, draws of the Gaussian.
         max_late_rhat: R-hat up to which chains agree that have run for long.
         num_chains: Number of chains.
         max_error: Standard error of means, in sds, and of sds, relative, that is small enough.
@@ -147,8 +148,10 @@ class ChainRun:
         z = initialise(density, loc, metric, num_chains, generator=generator)
         if starts is not None:
             starts = starts[:num_chains]
-            has_density = torch.isfinite(density(starts)[0])
-            z[: len(starts)][has_density] = starts[has_density]
+            # Chains that start far below all that is typical spend the budget on the way.
+            lowest = density(z)[0].median() - LOWER - LOWER_EACH * len(loc)
+            is_near = density(starts)[0] >= lowest
+            z[: len(starts)][is_near] = starts[is_near]
         farthest = metric.whiten(scouts - loc).square().sum(-1).argsort(descending=True)
         farthest = farthest[: num_chains // 4]
         z[num_chains - len(farthest) :] = scouts[farthest]

@@ -24,7 +24,7 @@ _MAX_STEPS = 150
 _FIRST_STEP = 1e-3  # of a Newton step at the optimum: a longer one leaves a narrower mode's basin
 _TYPICAL_SDS = 3.0  # by which a typical draw's log density may lie below the average
 # Nats, and nats per latent, by which another mode may be lower: being wider, it has as much mass.
-_LOWER, _LOWER_EACH = 10.0, 1.0
+LOWER, LOWER_EACH = 10.0, 1.0
 _SETTLING = 40  # transitions
 _NUM_NEAR, _NUM_HELD_OUT = 1000, 200  # draws among which a neighbour is looked for, and by which
 _FARTHER = 1.0  # sds that a scout may be farther from all draws than any of these is
@@ -116,7 +116,7 @@ def climb_from_afar(
     spread = loc.new_tensor(_SPREADS).repeat(num)[: num // 2, None]
     starts = torch.cat([starts, loc + spread * metric.unwhiten(noise(num // 2))])
     z, values = _climb(density, starts, metric, level)
-    return Climbed(z, values, level - _LOWER - _LOWER_EACH * len(loc))
+    return Climbed(z, values, level - LOWER - LOWER_EACH * len(loc))
 
 
 def count_astray(scouts: Tensor, draws: Tensor) -> int:
