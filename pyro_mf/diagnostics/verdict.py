@@ -51,11 +51,12 @@ def judge_marginals(
     values = {"mean_error": mean, "sd_ratio": ratio, "wasserstein": table["wasserstein"].max()}
     count = {s: int((table["status"] == s).sum()) for s in ("green", "amber", "red")}
     how = f"by {len(reference.draws.z)} draws by {reference.source}"
-    finding = f"{most}, {how}; {count['green']} of {len(table)} parameters are right"
+    right = f"{count['green']} of {len(table)} parameters are right"
+    if reference.problems:  # which come with an advice of their own
+        finding = f"{most}, {how} that fail checks of their own; by them {right}"
+        return Check("marginals", "amber", finding, values=values)
     status: Status = worst(table["status"])
-    advice = _advise(table, status)
-    if reference.problems:
-        return Check("marginals", "amber", finding, advice, values)
+    finding, advice = f"{most}, {how}; {right}", _advise(table, status)
     return Check("marginals", status, finding, advice, values)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ _TOLERANCE = 0.1
 _ROUNDING = 50.0  # in units of the rounding error of a difference
 # Draws and half the length of the way on which jumps are looked for, on the unconstrained space.
 _JUMP_DRAWS, _WAY = 16, 0.3
+_NUM_POINTS = 65  # of the finest rule that has to find the jump, too
 
 
 def describe_missing_gradient(log_joint: LogJoint) -> str | None:
@@ -89,19 +88,39 @@ def describe_jump(log_joint: LogJoint) -> str | None:
     generator = torch.Generator().manual_seed(7)
     sign = torch.randint(0, 2, (2 * log_joint.size,), generator=generator)
     direction = _WAY * (2.0 * sign.double() - 1.0)
-    points = [t * direction for t in (-1.0, -0.5, 0.0, 0.5, 1.0)]
-    values, gradients = zip(*map(elbo.value_and_gradient, points), strict=True)
-    if not all(map(math.isfinite, values)):
+    at = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
+    values, slopes = _along(elbo, direction, at)
+    if not bool(torch.isfinite(values).all()):
         return None  # outside the density's domain, which is for the solver to see
-    slopes = [float(g @ direction) for g in gradients]
-    once = (slopes[0] + 4.0 * slopes[2] + slopes[4]) / 3.0  # Simpson's rule
-    twice = (slopes[0] + 4.0 * slopes[1] + 2.0 * slopes[2] + 4.0 * slopes[3] + slopes[4]) / 6.0
-    change = values[4] - values[0]
-    rounding = _ROUNDING * torch.finfo(log_joint.dtype).eps * max(map(abs, values))
-    is_resolved = abs(once - twice) < 0.02 * abs(twice) + rounding
-    if not is_resolved or abs(change - twice) <= 0.2 * max(abs(change), abs(twice)) + rounding:
-        return None
+    change = float(values[-1] - values[0])
+    rounding = _ROUNDING * torch.finfo(log_joint.dtype).eps * float(values.abs().max())
+    integral = _simpson(slopes)
+    while True:  # two rules may agree by chance, and on a smooth way finer ones will not
+        is_resolved = abs(_simpson(slopes[::2]) - integral) < 0.02 * abs(integral) + rounding
+        most = max(abs(change), abs(integral))
+        if not is_resolved or abs(change - integral) <= 0.2 * most + rounding:
+            return None
+        if len(at) == _NUM_POINTS:
+            break
+        at = torch.linspace(-1.0, 1.0, 2 * len(at) - 1, dtype=torch.float64)
+        finer = torch.empty_like(at)
+        finer[::2], finer[1::2] = slopes, _along(elbo, direction, at[1::2])[1]
+        slopes = finer
+        integral = _simpson(slopes)
     return (
         f"along a way on which its mean changes by {change:.4g} its gradients add up to "
-        f"{twice:.4g}, as with rounding, comparisons and other jumps"
+        f"{integral:.4g}, as with rounding, comparisons and other jumps"
     )
+
+
+def _along(elbo: FixedDrawELBO, direction: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective's values and slopes at points of a way, each of the shape of ``at``."""
+    found = [elbo.value_and_gradient(t * direction) for t in at]
+    values = torch.tensor([value for value, _ in found], dtype=torch.float64)
+    return values, torch.stack([gradient @ direction for _, gradient in found])
+
+
+def _simpson(slopes: Tensor) -> float:
+    """Integral over the way from -1 to 1 of a function known at an odd number of points."""
+    inner = 4.0 * slopes[1::2].sum() + 2.0 * slopes[2:-1:2].sum()
+    return float((slopes[0] + inner + slopes[-1]) * 2.0 / (3.0 * (len(slopes) - 1)))

@@ -7,9 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from statsmodels.datasets import statecrime
 
 from pyro_mf._errors import ConvergenceWarning, ModelError
-from pyro_mf.fitting import fit
+from pyro_mf.fitting import differentiable, fit
 from pyro_mf.fitting import starts as starts_module
 from pyro_mf.fitting.choice import choose_solver
 from pyro_mf.fitting.differentiable import describe_jump, describe_missing_gradient
@@ -174,6 +175,24 @@ def test_smooth_models_have_their_gradient_at_any_scale(model, dtype):
         assert describe_jump(log_joint) is None
     finally:
         torch.set_default_dtype(torch.float64)
+
+
+def murders(x, y):
+    intercept = pyro.sample("intercept", dist.Normal(0.0, 50.0))
+    slopes = pyro.sample("slopes", dist.Normal(0.0, 5.0).expand([1]).to_event(1))
+    scale = pyro.sample("scale", dist.HalfNormal(5.0))
+    df = pyro.sample("df", dist.Gamma(2.0, 0.1))
+    with pyro.plate("state", len(y)):
+        pyro.sample("rate", dist.StudentT(df, intercept + x @ slopes, scale), obs=y)
+
+
+def test_a_way_too_long_for_two_rules_that_agree_by_chance_has_no_jump(monkeypatch):
+    data = statecrime.load_pandas().data
+    x, y = (torch.tensor(data[name].to_numpy()) for name in ("poverty", "murder"))
+    log_joint = read_problem(murders, ((x - x.mean())[:, None], y)).log_joint
+    assert describe_jump(log_joint) is None
+    monkeypatch.setattr(differentiable, "_NUM_POINTS", 5)
+    assert describe_jump(log_joint) is not None  # which is the chance that finer rules rule out
 
 
 class TestScore:
