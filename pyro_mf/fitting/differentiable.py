@@ -19,7 +19,7 @@ _TOLERANCE = 0.1
 _ROUNDING = 50.0  # in units of the rounding error of a difference
 # Draws and half the length of the way on which jumps are looked for, on the unconstrained space.
 _JUMP_DRAWS, _WAY = 16, 0.3
-_NUM_POINTS = 65  # of the finest rule that has to find the jump, too
+_NUM_POINTS = 65  # of a finer rule that has to find the jump, too
 
 
 def describe_missing_gradient(log_joint: LogJoint) -> str | None:
@@ -88,25 +88,17 @@ def describe_jump(log_joint: LogJoint) -> str | None:
     generator = torch.Generator().manual_seed(7)
     sign = torch.randint(0, 2, (2 * log_joint.size,), generator=generator)
     direction = _WAY * (2.0 * sign.double() - 1.0)
-    at = torch.linspace(-1.0, 1.0, 5, dtype=torch.float64)
-    values, slopes = _along(elbo, direction, at)
-    if not bool(torch.isfinite(values).all()):
-        return None  # outside the density's domain, which is for the solver to see
-    change = float(values[-1] - values[0])
-    rounding = _ROUNDING * torch.finfo(log_joint.dtype).eps * float(values.abs().max())
-    integral = _simpson(slopes)
-    while True:  # two rules may agree by chance, and on a smooth way finer ones will not
-        is_resolved = abs(_simpson(slopes[::2]) - integral) < 0.02 * abs(integral) + rounding
+    for num_points, unsettled in ((5, 0.02), (_NUM_POINTS, 0.1)):  # two may agree by chance
+        at = torch.linspace(-1.0, 1.0, num_points, dtype=torch.float64)
+        values, slopes = _along(elbo, direction, at)
+        if not bool(torch.isfinite(values).all()):
+            return None  # outside the density's domain, which is for the solver to see
+        change, integral = float(values[-1] - values[0]), _simpson(slopes)
+        rounding = _ROUNDING * torch.finfo(log_joint.dtype).eps * float(values.abs().max())
+        is_resolved = abs(_simpson(slopes[::2]) - integral) < unsettled * abs(integral) + rounding
         most = max(abs(change), abs(integral))
         if not is_resolved or abs(change - integral) <= 0.2 * most + rounding:
             return None
-        if len(at) == _NUM_POINTS:
-            break
-        at = torch.linspace(-1.0, 1.0, 2 * len(at) - 1, dtype=torch.float64)
-        finer = torch.empty_like(at)
-        finer[::2], finer[1::2] = slopes, _along(elbo, direction, at[1::2])[1]
-        slopes = finer
-        integral = _simpson(slopes)
     return (
         f"along a way on which its mean changes by {change:.4g} its gradients add up to "
         f"{integral:.4g}, as with rounding, comparisons and other jumps"
