@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
@@ -88,7 +90,21 @@ def _by_function(
             check_observes(first)
         else:
             _check_data(model, found[k], k)
+    if all(_is_same(found[0], other) for other in found[1:]):
+        raise ModelError(
+            f"simulate returned the same data for all {num} draws of the latents. Expected data "
+            "drawn given the latents that it is called with."
+        )
     return Simulations(first, truths, found)
+
+
+def _is_same(one: Arguments, other: Arguments) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs if _is_data(a))
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor | int | float)
 
 
 def _log_joint_at(model: Callable[..., Any], arguments: Arguments, index: int) -> LogJoint:

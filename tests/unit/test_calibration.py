@@ -535,6 +535,7 @@ def test_a_function_serves_where_the_model_cannot_simulate():
         (lambda _: {"z": torch.zeros(3)}, TypeError, "argument 'z'; the model's are"),
         (lambda _: (torch.full((3,), torch.nan),), ModelError, "simulation 0.*finite"),
         (lambda _: (torch.zeros(3), 1), ModelError, "simulation 0.*do not fit"),
+        (lambda _: (torch.ones(3),), ModelError, "the same data for all 20 draws of the latents"),
         ({"y": "z"}, ModelError, "the argument 'z'; the model's arguments are"),
         ({"x": "y"}, ModelError, r"names the sites \['x'\]; the model observes \['y'\]"),
         ("model", TypeError, "simulate must be a function"),
