@@ -16,7 +16,6 @@ from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Report
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws
-from pyro_mf.solvers.posterior_sampler import NAMES
 from pyro_mf.solvers.posterior_sampling import sample_posterior
 
 # Standard error of means and sds that is aimed at. The limits of a verdict could do with less, but
@@ -66,7 +65,7 @@ class Reference:
     @property
     def source(self) -> str:
         """How they were made, in words."""
-        return NAMES[self.draws.source]
+        return self.draws.origin
 
 
 def find_start(blocks: Blocks, z: Tensor, *, seed: int, report: Report) -> Start:

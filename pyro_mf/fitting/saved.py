@@ -145,6 +145,8 @@ def _forward(content: Mapping[str, Any] | None) -> Forward | None:
             **tensors,
             problems=tuple(_list(drawn, "problems", str)),
             diagnostics=_mapping(drawn, "diagnostics", _NUMBER),
+            # Older files do not say.
+            noncentred=tuple(_list(drawn, "noncentred", str)) if "noncentred" in drawn else (),
         ),
         _part(content, "eubo", _NUMBER),
         _part(content, "eubo_se", _NUMBER),

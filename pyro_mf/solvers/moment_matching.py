@@ -32,7 +32,6 @@ from pyro_mf.solvers.minimise import MAX_DENSE
 from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Forward, Outcome, Progress, Report, silent
 from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
-from pyro_mf.solvers.posterior_sampler import NAMES
 from pyro_mf.solvers.posterior_sampling import sample_posterior
 
 # Standard errors that fit into the tolerance: so large is the largest of thousands of errors. Where
@@ -128,10 +127,10 @@ def solve_moments(
     if ending == "converged":
         message = _describe(draws)
     elif sampling.ending == "interrupted":
-        message = f"interrupted by the user; fitted to {NAMES[draws.source]} so far"
+        message = f"interrupted by the user; fitted to {draws.origin} so far"
     else:
         problems = (*draws.problems, *disorder)
-        message = f"fitted to {NAMES[draws.source]}, but {'; and '.join(problems)}"
+        message = f"fitted to {draws.origin}, but {'; and '.join(problems)}"
     return replace(
         found,
         stop_reason=ending,
@@ -357,7 +356,7 @@ def _describe(draws: PosteriorDraws) -> str:
         if key in draws.diagnostics
     )
     return (
-        f"the Monte Carlo errors of {NAMES[draws.source]} are at most "
+        f"the Monte Carlo errors of {draws.origin} are at most "
         f"{float(draws.mean_error.max()):.3f} sds for a mean and {float(draws.sd_error.max()):.1%} "
         f"for an sd ({numbers})"
     )

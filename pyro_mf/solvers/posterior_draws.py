@@ -14,6 +14,14 @@ from pyro_mf.weights import normalize
 Source: TypeAlias = Literal["importance", "hmc", "smc", "mixture", "given"]
 """Adaptive importance sampling, parallel HMC chains, tempered SMC, importance sampling from a
 mixture that was fitted to tempered draws, or draws that were given."""
+_NUM_NAMED = 3  # sites in a sentence
+NAMES: dict[Source, str] = {
+    "importance": "adaptive importance sampling",
+    "hmc": "parallel HMC chains",
+    "smc": "tempered sequential Monte Carlo",
+    "mixture": "importance sampling from a mixture",
+    "given": "the draws given",
+}
 
 
 class Expectations(Protocol):
@@ -37,6 +45,7 @@ class PosteriorDraws:
         sd_error: Relative standard errors of the sds, shape ``(D,)``.
         problems: Why they are not to be trusted, in words; empty where nothing speaks against it.
         diagnostics: Numbers on how they were made: ``khat``, ``ess``, ``rhat``, ``acceptance``, ...
+        noncentred: Sites that were drawn in units of their priors' scales, in part at least.
     """
 
     source: Source
@@ -47,6 +56,15 @@ class PosteriorDraws:
     sd_error: Tensor = field(repr=False)
     problems: tuple[str, ...] = ()
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    noncentred: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """How they were made, in words."""
+        sites = ", ".join(f"'{name}'" for name in self.noncentred[:_NUM_NAMED])
+        more = len(self.noncentred) - _NUM_NAMED
+        and_more = f" and {more} more" if more > 0 else ""
+        return NAMES[self.source] + (f" ({sites}{and_more} non-centred)" if sites else "")
 
     @property
     def largest_error(self) -> float:

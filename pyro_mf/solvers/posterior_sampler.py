@@ -23,7 +23,7 @@ from pyro_mf.solvers.chains import MAX_LATE_RHAT, ChainRun
 from pyro_mf.solvers.judgement import least_far, with_checks
 from pyro_mf.solvers.meter import ROWS, BudgetSpentError
 from pyro_mf.solvers.outcome import Progress, Report, StopReason
-from pyro_mf.solvers.posterior_draws import Expectations, PosteriorDraws, Source
+from pyro_mf.solvers.posterior_draws import NAMES, Expectations, PosteriorDraws, Source
 from pyro_mf.solvers.scouts import send_scouts
 
 # Latents up to which importance sampling is tried first.
@@ -41,13 +41,6 @@ _WIDE = 2.0  # sds of the reverse fit and the scouts together
 _NUM_WEIGHTY = 8  # draws of failed importance sampling that become scouts
 # Standard error of means and sds at which tempered draws are good enough to start a mixture from.
 _ROUGH_ERROR = 0.1
-NAMES: dict[Source, str] = {
-    "importance": "adaptive importance sampling",
-    "hmc": "parallel HMC chains",
-    "smc": "tempered sequential Monte Carlo",
-    "mixture": "importance sampling from a mixture",
-    "given": "the draws given",
-}
 
 
 Drawn: TypeAlias = tuple[Expectations, PosteriorDraws]

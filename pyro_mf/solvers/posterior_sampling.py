@@ -152,7 +152,12 @@ def _back(drawn: Drawn, hierarchy: Noncentred, own: Blocks, max_error: float) ->
     else:
         raise TypeError(f"draws of an unknown kind: {type(averages).__name__}.")
     found: PosteriorDraws = replace(
-        draws, z=z, log_density=log_density, mean_error=mean_error, sd_error=sd_error
+        draws,
+        z=z,
+        log_density=log_density,
+        mean_error=mean_error,
+        sd_error=sd_error,
+        noncentred=hierarchy.sites,
     )
     problems = list(draws.problems)
     if found.largest_error > max_error and not any(p.startswith(IMPRECISE) for p in problems):

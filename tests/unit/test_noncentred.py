@@ -148,6 +148,7 @@ def test_the_draws_of_centred_schools_are_those_of_the_whole_funnel():
     result = mf.fit(target.model, target.args, objective=mf.ForwardKL(), progress=False)
     assert result.stop_reason == "converged"
     draws = result.draws
+    assert "('theta' non-centred)" in result.message
     layout = result.log_joint.layout
     # Ten means and sds, of which the largest error is below four standard errors, .1 sds.
     for name, (mean, sd) in target.truth.items():
@@ -157,6 +158,14 @@ def test_the_draws_of_centred_schools_are_those_of_the_whole_funnel():
     # The log evidence, of which the density in other coordinates must not have lost a part.
     lower, lower_se, upper, upper_se = result.evidence
     assert lower - 4 * lower_se <= target.log_evidence <= upper + 4 * upper_se
+
+
+def test_a_file_knows_in_which_coordinates_draws_were_made(tmp_path):
+    target = eight_schools(centered=True)
+    result = mf.fit(target.model, target.args, objective=mf.ForwardKL(), progress=False)
+    result.save(tmp_path / "fit.pt")
+    loaded = mf.FitResult.load(tmp_path / "fit.pt", target.model, target.args)
+    assert loaded.draws.noncentred == result.draws.noncentred == ("theta",)
 
 
 def test_control_in_the_models_own_coordinates_the_neck_is_missed(monkeypatch):
