@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.distributions import Independent
 from pyro.infer.reparam import LocScaleReparam
 from pyro.infer.reparam.reparam import Reparam
 from torch import Tensor
@@ -27,7 +28,6 @@ from torch import Tensor
 from pyro_mf._errors import ModelError
 from pyro_mf.density.log_joint import LogJoint
 from pyro_mf.density.prior import without_likelihood
-from pyro_mf.density.sites import Site
 
 _NUM_DRAWS = 64  # at which scales are looked at
 # Share of the data from which on a latent stays centred by as much. With less it is non-centred as
@@ -52,25 +52,34 @@ class Noncentred:
         log_joint: The log joint in the new coordinates, in which a site ``theta`` is
             ``theta_decentered``.
         sites: Names of the sites that are not as they were.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def funnel():
+        ...     v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        ...     pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+        >>> found = Noncentred(LogJoint(funnel), {"x": torch.tensor(0.0)})
+        >>> found.to_centred(torch.tensor([[2.0, 1.0]]))
+        (tensor([[2.0000, 2.7183]]), tensor([1.]))
     """
 
     def __init__(self, log_joint: LogJoint, centred: Mapping[str, Tensor]) -> None:
         self._centred = dict(centred)
         args, kwargs = log_joint.model_args, log_joint.model_kwargs
         config: dict[str, Reparam] = {n: LocScaleReparam(c) for n, c in centred.items()}
-        prior = without_likelihood(log_joint.model)
         self.sites = tuple(centred)
-        self._old_layout = log_joint.layout
+        self._old = _prior_of(log_joint)
         try:
             self.log_joint = LogJoint(poutine.reparam(log_joint.model, config), args, kwargs)
-            self._old = LogJoint(prior, args, kwargs, backend="graph")
-            self._new = LogJoint(poutine.reparam(prior, config), args, kwargs, backend="graph")
+            # Reparametrised last, or the site's value would be hidden as if it were observed.
+            model = poutine.reparam(self._old.model, config)
+            self._new = LogJoint(model, args, kwargs, backend="graph")
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
             raise ModelError(f"Pyro cannot reparametrise {list(self.sites)}: {error}") from error
 
     def to_noncentred(self, z: Tensor) -> Tensor:
         """The new coordinates ``(S, D)`` of rows ``(S, D)`` in the old ones."""
-        found = self._old_layout.unpack(z)
+        found = self._old.layout.unpack(z)
         for name, (loc, scale) in _locs_and_scales(self._old, self.sites, z).items():
             c = self._centred[name].to(z)
             delta = (found[name] - loc) * scale.pow(c - 1.0)
@@ -86,7 +95,7 @@ class Noncentred:
         values = self._new.collect(
             e, lambda trace: {name: trace.nodes[name]["value"] for name in self.sites}
         )
-        z = self._old_layout.pack(new | values).to(e)
+        z = self._old.layout.pack(new | values).to(e)
         log_det = e.new_zeros(len(e))
         for name, (_, scale) in _locs_and_scales(self._old, self.sites, z).items():
             log_det += ((1.0 - self._centred[name].to(e)) * scale.log()).reshape(len(e), -1).sum(1)
@@ -125,17 +134,12 @@ def find_noncentred(log_joint: LogJoint, loc: Tensor, scale: Tensor) -> Noncentr
 def _shares_of_data(log_joint: LogJoint, z: Tensor, sd: Tensor) -> dict[str, Tensor]:
     """How much of each latent's precision is not the prior's, for sites whose scale varies."""
     sites = {site.name: site for site in log_joint.layout.sites if site.is_real}
-    prior = LogJoint(
-        without_likelihood(log_joint.model),
-        log_joint.model_args,
-        log_joint.model_kwargs,
-        backend="graph",
-    )
+    prior = _prior_of(log_joint)
     nodes = prior.trace_at(z[0]).nodes
     names = tuple(name for name in sites if _has_scale(nodes[name]["fn"]))
     found = {}
     for name, (_, scale) in _locs_and_scales(prior, names, z).items():
-        site: Site = sites[name]
+        site = sites[name]
         varies = (scale - scale[0]).abs().max() > _VARIES * scale.abs().max()
         if scale.shape[1:] != site.shape or not bool(varies):
             continue
@@ -145,13 +149,26 @@ def _shares_of_data(log_joint: LogJoint, z: Tensor, sd: Tensor) -> dict[str, Ten
     return found
 
 
+def _prior_of(log_joint: LogJoint) -> LogJoint:
+    """The prior on the same latents, which knows their distributions and takes less to run.
+
+    Raises:
+        ModelError: If its latents are others.
+    """
+    model, args, kwargs = log_joint.model, log_joint.model_args, log_joint.model_kwargs
+    prior = LogJoint(without_likelihood(model), args, kwargs, backend="graph")
+    if prior.layout.element_names() != log_joint.layout.element_names():
+        raise ModelError("the model has other latent sites once its observations are hidden.")
+    return prior
+
+
 def _has_scale(fn: Any) -> bool:
     fn = _base(fn)
     return {"loc", "scale"} <= set(fn.arg_constraints) and fn.event_dim == 0
 
 
 def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
+    while isinstance(fn, Independent):  # as Pyro's reparametrisation does
         fn = fn.base_dist
     return fn
 
