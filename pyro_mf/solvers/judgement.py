@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,16 +20,23 @@ _NUM_JUDGED, _MAX_DISCREPANCY = 1024, 1.0
 _PREFERENCE: tuple[Source, ...] = ("hmc", "smc", "mixture", "importance")
 
 
-def with_checks(draws: PosteriorDraws, blocks: Blocks, scouts: Tensor) -> PosteriorDraws:
+def with_checks(
+    draws: PosteriorDraws,
+    blocks: Blocks,
+    scouts: Tensor,
+    own: Callable[[Tensor], Tensor] | None = None,
+) -> PosteriorDraws:
     """The draws with what the scouts and the tails say against them.
 
     Args:
         draws: The draws.
         blocks: The log joint.
         scouts: Points of the posterior reached from elsewhere, shape ``(K, D)``.
+        own: To the coordinates in which these must have draws near them; by default the same.
     """
     problems = list(draws.problems)
-    astray = count_astray(scouts, draws.sample(_NUM_COMPARED, seed=0))
+    near = draws.sample(_NUM_COMPARED, seed=0)
+    astray = count_astray(scouts, near) if own is None else count_astray(own(scouts), own(near))
     if astray and draws.source != "hmc":  # whose chains start there, and R-hat tells
         problems.append(
             f"{astray} of {len(scouts)} climbs from elsewhere ended where none of the draws is: "

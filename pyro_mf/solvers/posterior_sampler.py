@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import TypeAlias
 
@@ -34,6 +35,7 @@ _NUM_SCOUTS = 32
 # Density values for importance sampling, and share of the rest of the budget for chains: what they
 # do not manage with that is for the next.
 _MAX_VALUES, _CHAINS_SHARE = 65_536, 0.7
+_FIRST_SHARE = 0.4  # for chains after which the same is tried in other coordinates
 # Draws per latent by importance sampling at least, which are cheap, and share of the budget that
 # chains may take to become more precise than is needed.
 _DRAWS_PER_LATENT, _SPARE = 650, 0.2
@@ -62,6 +64,10 @@ class PosteriorSampler:
         starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
         max_late_rhat: R-hat up to which chains agree that have run for long.
         num_scouts: Number of climbs from elsewhere.
+        own: From these coordinates, rows ``(S, D)``, to those in which scouts must find draws near
+            them; by default the same.
+        settle: Where scouts go on to from rows ``(K, D)``, as by chains in other coordinates.
+        can_temper: Whether to go on by tempering; if not, chains that do not agree stop earlier.
 
     Attributes:
         notes: What went wrong on the way, in sentences.
@@ -82,10 +88,14 @@ class PosteriorSampler:
         starts: Tensor | None = None,
         max_late_rhat: float = MAX_LATE_RHAT,
         num_scouts: int = _NUM_SCOUTS,
+        own: Callable[[Tensor], Tensor] | None = None,
+        settle: Callable[[Tensor], Tensor] | None = None,
+        can_temper: bool = True,
     ) -> None:
         self.blocks, self.loc, self.metric = blocks, loc, Metric(scale)
         self._starts, self._max_late_rhat = starts, max_late_rhat
         self._num_scouts = num_scouts
+        self._own, self._settle, self._can_temper = own, settle, can_temper
         self.max_error, self.aim, self.max_gradients = max_error, aim, max_gradients
         self.generator, self.report = generator, report
         self.notes: list[str] = []
@@ -114,10 +124,13 @@ class PosteriorSampler:
         """
         try:
             self._scouts = self._send_scouts()
+            if self._settle is not None and len(self._scouts):
+                self._scouts = self._settle(self._scouts)
             methods = self._methods(method)
+            may_be_last = self._can_temper or method is not None
             while methods:
                 self._phase = name = methods.pop(0)
-                found = self._by(name, is_last=not methods)
+                found = self._by(name, is_last=not methods and may_be_last)
                 self._keep(found)
                 if found is not None and not self._found[-1][1].problems:
                     break
@@ -157,10 +170,12 @@ class PosteriorSampler:
         if method is not None:
             return [method]
         size = len(self.loc)
-        if size > _MAX_TEMPERED:
+        if size > _MAX_TEMPERED or (size > _MAX_IMPORTANCE and not self._can_temper):
             return ["hmc"]
         if size > _MAX_IMPORTANCE:
             return ["hmc", "smc"]
+        if not self._can_temper:
+            return ["importance", "hmc"]
         # Tempered draws that are good enough to start a mixture; else as many as there can be.
         return ["importance", "hmc", "smc", "mixture", "smc"]
 
@@ -214,13 +229,15 @@ class PosteriorSampler:
             self.notes.append(f"{NAMES['hmc']} failed: {error}")
             return None
         left = self.max_gradients - self.num_gradients
-        self._limit = self.num_gradients + (left if is_last else int(_CHAINS_SHARE * left))
+        share = _CHAINS_SHARE if self._can_temper else _FIRST_SHARE
+        self._limit = self.num_gradients + (left if is_last else int(share * left))
         try:
             try:
                 run.run()
             except BudgetSpentError:
                 self._limit = self.max_gradients
-                if is_last or run.is_healthy or run.found() is None:  # the next would do no better
+                is_hopeful = run.is_healthy or (self._can_temper and run.found() is None)
+                if is_last or is_hopeful:  # the next would do no better
                     run.run()
         except (BudgetSpentError, KeyboardInterrupt):
             self._keep(run.found())
@@ -237,7 +254,7 @@ class PosteriorSampler:
     def _keep(self, found: Drawn | None) -> None:
         if found is not None:
             averages, draws = found
-            self._found.append((averages, with_checks(draws, self.blocks, self._scouts)))
+            self._found.append((averages, with_checks(draws, self.blocks, self._scouts, self._own)))
 
     def _by_tempering(self, *, is_rough: bool) -> Drawn | None:
         left = self.max_gradients - self.num_gradients

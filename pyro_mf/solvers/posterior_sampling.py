@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +12,20 @@ from pyro_mf._errors import ModelError, NonFiniteError
 from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.noncentred import Noncentred, find_noncentred
 from pyro_mf.guides import AutoMeanField
+from pyro_mf.kernels import Metric
 from pyro_mf.kernels.weighted import WeightedDraws
 from pyro_mf.solvers.chains import IMPRECISE, ChainDraws
+from pyro_mf.solvers.judgement import least_far
 from pyro_mf.solvers.normal_start import fit_normal
 from pyro_mf.solvers.outcome import Outcome, Report, StopReason
-from pyro_mf.solvers.posterior_draws import PosteriorDraws, Source
+from pyro_mf.solvers.posterior_draws import Source
 from pyro_mf.solvers.posterior_sampler import Drawn, PosteriorSampler
+from pyro_mf.solvers.scouts import settle
 from pyro_mf.solvers.tails import describe_tails
 
-# Share of the error asked for that is asked for in other coordinates, in which it is another.
-_STRICTER = 0.8
+# Weighted draws whose errors are too large in the model's own coordinates are drawn anew, so many
+# times, with a smaller error in the others: this share of what would be enough by proportion.
+_MAX_TIMES, _STRICTER = 3, 0.8
 _MAX_START_SHARE = 0.2  # of the budget, for finding where to start in other coordinates
 
 
@@ -40,6 +44,12 @@ class Sampling(NamedTuple):
     notes: tuple[str, ...]
     num_gradients: int
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the draws passed their checks, or the user ended it."""
+        passed = self.drawn is not None and not self.drawn[1].problems
+        return passed or self.ending == "interrupted"
+
 
 def sample_posterior(
     blocks: Blocks,
@@ -47,68 +57,124 @@ def sample_posterior(
     scale: Tensor,
     *,
     method: Source | None = None,
-    max_error: float,
-    aim: float,
     max_gradients: int,
-    seed: int,
-    report: Report,
-    starts: Tensor | None = None,
     **options: Any,
 ) -> Sampling:
-    """Draw, latents in units of their priors' scales where these are latents and data say little.
+    """Draw, where a hierarchy asks for it with latents in units of their priors' scales.
 
     Args:
         blocks: The log joint.
         loc: Location of a Gaussian near the posterior, shape ``(D,)``.
         scale: Its sds, shape ``(D,)``, or the Cholesky factor of its covariance, ``(D, D)``.
         method: The only one to use; ``None`` for several in turn.
-        max_error: As in :class:`PosteriorSampler`, as are the next two.
-        aim: A smaller error.
         max_gradients: Budget.
-        seed: Seed of everything random.
-        report: Called with the progress.
-        starts: Where chains start, shape ``(K, D)``; by default draws of the Gaussian.
-        options: Others of :class:`PosteriorSampler`.
+        options: Of :class:`PosteriorSampler`, but a ``seed`` in place of its generator.
     """
-    options |= {"generator": torch.Generator().manual_seed(seed), "report": report}
-    hierarchy = find_noncentred(blocks.log_joint, loc, scale)
-    start = None
-    if hierarchy is not None:
+    task = _Task(blocks, loc, scale, method, options)
+    choices = find_noncentred(blocks.log_joint, loc, scale)
+    tried: list[Sampling] = []
+    left = max_gradients
+    for k, hierarchy in enumerate(choices):
+        sampling = task.run(hierarchy, left, can_temper=k + 1 == len(choices))
+        tried.append(sampling)
+        left -= sampling.num_gradients
+        if sampling.is_over or left <= 0:
+            break
+    return _best_of(tried, blocks)
+
+
+def _best_of(tried: list[Sampling], blocks: Blocks) -> Sampling:
+    """The last if it passed its checks, else the one that is least far from doing so."""
+    spent = sum(sampling.num_gradients for sampling in tried)
+    notes = tuple(note for sampling in tried for note in sampling.notes)
+    best = tried[-1]
+    drawn = [sampling for sampling in tried if sampling.drawn is not None]
+    if not best.is_over and len(drawn) > 1:
+        chosen = least_far([s.drawn[1] for s in drawn if s.drawn is not None], blocks)
+        best = best if chosen is None else drawn[chosen]
+    elif not best.is_over and drawn:
+        best = drawn[0]
+    return best._replace(notes=notes, num_gradients=spent, ending=tried[-1].ending)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What is to be drawn, in the model's own coordinates; see :func:`sample_posterior`."""
+
+    blocks: Blocks
+    loc: Tensor
+    scale: Tensor
+    method: Source | None
+    options: dict[str, Any]
+
+    def run(
+        self, hierarchy: Noncentred | None, max_gradients: int, *, can_temper: bool
+    ) -> Sampling:
+        """Draw in some coordinates, ``None`` for the model's own."""
+        if hierarchy is None:
+            return self._draw(
+                self.blocks,
+                self.loc,
+                self.scale,
+                max_gradients=max_gradients,
+                can_temper=can_temper,
+                **self.options,
+            )
+        seed, report = self.options["seed"], self.options["report"]
         start = _start_in(hierarchy, seed, int(_MAX_START_SHARE * max_gradients), report)
-    if hierarchy is None or start is None:
-        sampler = PosteriorSampler(
-            blocks,
-            loc,
-            scale,
-            max_error=max_error,
-            aim=aim,
-            max_gradients=max_gradients,
-            starts=starts,
-            **options,
-        )
-        return Sampling(
-            sampler.draw(method), sampler.ending, tuple(sampler.notes), sampler.num_gradients
-        )
-    outcome, loc, scale = start
-    if outcome.stop_reason == "interrupted":
-        return Sampling(None, "interrupted", (), outcome.num_gradients)
-    sampler = PosteriorSampler(
-        Blocks(hierarchy.log_joint),
-        loc,
-        scale,
-        max_error=_STRICTER * max_error,
-        aim=_STRICTER * aim,
-        max_gradients=max(1, max_gradients - outcome.num_gradients),
-        starts=None if starts is None else hierarchy.to_noncentred(starts),
-        **options,
-    )
-    drawn, ending = sampler.draw(method), sampler.ending
-    if drawn is not None:
-        drawn = _back(drawn, hierarchy, blocks, max_error)
+        if start is None:
+            return Sampling(None, "budget", (), 0)
+        outcome, loc, scale = start
+        if outcome.stop_reason == "interrupted":
+            return Sampling(None, "interrupted", (), outcome.num_gradients)
+        starts = self.options.get("starts")
+        options = self.options | {
+            "starts": None if starts is None else hierarchy.to_noncentred(starts),
+            "own": lambda e: hierarchy.to_centred(e)[0],
+            "settle": lambda e: self._settle(hierarchy, e),
+            "can_temper": can_temper,
+        }
+        inner = Blocks(hierarchy.log_joint)
+        spent, share = outcome.num_gradients, 1.0
+        for _ in range(_MAX_TIMES):
+            asked = {name: share * options[name] for name in ("max_error", "aim")}
+            left = max(1, max_gradients - spent)
+            found = self._draw(inner, loc, scale, max_gradients=left, **(options | asked))
+            spent += found.num_gradients
+            if found.drawn is None:
+                return found._replace(num_gradients=spent)
+            drawn = _back(found.drawn, hierarchy, self.blocks, self.options["max_error"])
+            excess = drawn[1].largest_error / self.options["max_error"]
+            is_weighted = isinstance(drawn[0], WeightedDraws)
+            is_enough = excess <= 1.0 or not is_weighted
+            if is_enough or found.ending != "converged" or spent >= max_gradients:
+                break
+            share *= _STRICTER / excess
+        ending = found.ending
         if drawn[1].problems and ending == "converged":
             ending = "budget"
-    spent = outcome.num_gradients + sampler.num_gradients
-    return Sampling(drawn, ending, tuple(sampler.notes), spent)
+        notes = tuple(_plain(note, hierarchy) for note in found.notes)
+        return Sampling(drawn, ending, notes, spent)
+
+    def _settle(self, hierarchy: Noncentred, e: Tensor) -> Tensor:
+        """Scouts that go on in the model's own coordinates.
+
+        At the wide end of a hierarchy they are stuck in the others, and not in these.
+        """
+        z = hierarchy.to_centred(e)[0]
+        generator = torch.Generator().manual_seed(self.options["seed"])
+        metric = Metric(self.scale)
+        settled, _ = settle(self.blocks.value_and_grad, z, metric, generator=generator)
+        moved = hierarchy.to_noncentred(settled)
+        return moved[torch.isfinite(moved).all(1)]
+
+    def _draw(
+        self, blocks: Blocks, loc: Tensor, scale: Tensor, *, seed: int, **options: Any
+    ) -> Sampling:
+        generator = torch.Generator().manual_seed(seed)
+        sampler = PosteriorSampler(blocks, loc, scale, generator=generator, **options)
+        drawn = sampler.draw(self.method)
+        return Sampling(drawn, sampler.ending, tuple(sampler.notes), sampler.num_gradients)
 
 
 def _start_in(
@@ -151,7 +217,7 @@ def _back(drawn: Drawn, hierarchy: Noncentred, own: Blocks, max_error: float) ->
         mean_error, sd_error = averages.mean_error, averages.sd_error
     else:
         raise TypeError(f"draws of an unknown kind: {type(averages).__name__}.")
-    found: PosteriorDraws = replace(
+    found = replace(
         draws,
         z=z,
         log_density=log_density,
@@ -159,7 +225,7 @@ def _back(drawn: Drawn, hierarchy: Noncentred, own: Blocks, max_error: float) ->
         sd_error=sd_error,
         noncentred=hierarchy.sites,
     )
-    problems = list(draws.problems)
+    problems = [_plain(problem, hierarchy) for problem in draws.problems]
     if found.largest_error > max_error and not any(p.startswith(IMPRECISE) for p in problems):
         problems.append(
             f"{IMPRECISE} of a mean or sd is {found.largest_error:.3f} sds, where {max_error:.3f} "
@@ -168,3 +234,10 @@ def _back(drawn: Drawn, hierarchy: Noncentred, own: Blocks, max_error: float) ->
     names = own.log_joint.layout.element_names()
     problems += [p for p in describe_tails(own.values, found, names) if p not in problems]
     return averages, replace(found, problems=tuple(problems))
+
+
+def _plain(text: str, hierarchy: Noncentred) -> str:
+    """A sentence by the sites' own names."""
+    for site in hierarchy.sites:
+        text = text.replace(f"'{site}_decentered", f"'{site}")
+    return text

@@ -68,14 +68,32 @@ def send_scouts(
     """
     climbed = climb_from_afar(density, loc, metric, num=num, generator=generator, prior=prior)
     z = climbed.z[climbed.values >= climbed.lowest]
-    if len(z) < 2:
-        return z
+    settled, values = settle(density, z, metric, generator=generator)
+    return settled[values >= climbed.lowest]
+
+
+def settle(
+    density: Evaluate, z: Tensor, metric: Metric, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Go on from points by a few transitions of chains, which leave what is no mode.
+
+    Args:
+        density: The log density.
+        z: The points, shape ``(K, D)``.
+        metric: Covariance of a Gaussian near the posterior.
+        generator: Source of randomness.
+
+    Returns:
+        Where they are then, shape ``(K, D)``, and their log densities, ``(K,)``.
+    """
     try:
+        if len(z) < 2:
+            return z, density(z)[0]
         chains = ParallelHMC(density, z, metric, generator=generator)
     except NonFiniteError:  # the density is there, and its gradient is not
-        return z
+        return z, z.new_full((len(z),), math.inf)
     chains.warm_up(_SETTLING)
-    return chains.state.z[chains.state.log_density >= climbed.lowest]
+    return chains.state.z, chains.state.log_density
 
 
 def climb_from_afar(
