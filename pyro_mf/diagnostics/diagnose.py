@@ -27,7 +27,13 @@ from pyro_mf.diagnostics.reference import (
     find_start,
     start_of_draws,
 )
-from pyro_mf.diagnostics.verdict import headline, judge_drift, judge_marginals, judge_reference
+from pyro_mf.diagnostics.verdict import (
+    DRAW_ANEW,
+    headline,
+    judge_drift,
+    judge_marginals,
+    judge_reference,
+)
 from pyro_mf.kernels import Metric
 from pyro_mf.solvers.meter import BudgetSpentError, MeteredDensity
 from pyro_mf.solvers.outcome import Progress, Report, silent
@@ -50,11 +56,13 @@ class Known:
         start: A Gaussian near the posterior; found anew where there is none.
         checks: What the fit itself says: its certificate, its restarts.
         reference: Draws of the posterior that another claim was judged by and that passed.
+        better: What to do instead of believing it where it is wrong.
     """
 
     start: Start | None = None
     checks: tuple[Check, ...] = ()
     reference: Reference | None = None
+    better: str = DRAW_ANEW
 
 
 def judge(
@@ -171,9 +179,9 @@ class _Trial:
     def verdict(self, known: Known, seconds: float) -> Diagnosis:
         names = self.blocks.log_joint.layout.element_names()
         reference = judge_reference(self.reference)
-        checks = [judge_marginals(self.table, self.reference, self.notes), reference]
+        checks = [judge_marginals(self.table, self.reference, self.notes, known.better), reference]
         if self.has_drift:
-            checks.append(judge_drift(self.drift, names))
+            checks.append(judge_drift(self.drift, names, known.better))
         checks += [*self.others, *known.checks]
         if reference.status == "green":
             checks = [check.at_ease() if check.is_standby else check for check in checks]

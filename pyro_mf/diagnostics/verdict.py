@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _WITHIN = f"means within {MAX_MEAN:g} posterior sds and sds within {MAX_SD:.0%}"
-_BETTER = "draw from the posterior instead: fit(..., objective=ForwardKL()) or run_nuts(...)"
+DRAW_ANEW = "draw from the posterior instead: fit(..., objective=ForwardKL()) or run_nuts(...)"
+OWN_DRAWS = (
+    "ask diagnose(draws=True) of the draws that the factors were fitted to, and take sd_draws of "
+    "summary() and to_arviz(draws=True) if it is green; else run_nuts(...)"
+)
+LONG_RUN = "run NUTS for long: run_nuts(...), and look at its R-hat"
 _NARROW = (
     "the approximation is too narrow, as mean field by reverse KL is wherever latents depend on "
     "one another: take sd_lr of summary() if diagnose(linear_response=True) is green, or "
-    "fit(..., objective=ForwardKL())"
 )
 _SHIFTED = (
     "means are off, which no correction of sds mends: train stock SVI for longer or use fit(...), "
-    "and if they stay off " + _BETTER
+    "and if they stay off "
 )
-_WIDE = "the approximation is too wide somewhere: look at .parameters; " + _BETTER
+_WIDE = "the approximation is too wide somewhere: look at .parameters; "
 _SHAPE = (
     "means and sds are right but the shape is not: try family='auto', or AutoMeanFieldMixture for "
     "several modes"
@@ -35,14 +39,19 @@ _SHAPE = (
 
 
 def judge_marginals(
-    table: pd.DataFrame | None, reference: Reference | None, notes: tuple[str, ...]
+    table: pd.DataFrame | None, reference: Reference | None, notes: tuple[str, ...], better: str
 ) -> Check:
-    """The main check: errors of all marginals, by draws of the posterior."""
+    """The main check: errors of all marginals, by draws of the posterior.
+
+    Args:
+        table: The errors; ``None`` where there are no draws.
+        reference: The draws.
+        notes: What went wrong with them.
+        better: What to do instead of believing the approximation.
+    """
     if table is None or reference is None:
         why = "; ".join(notes) or "none were made"
-        return Check(
-            "marginals", "amber", f"no draws of the posterior to judge by: {why}", f"{_BETTER}"
-        )
+        return Check("marginals", "amber", f"no draws of the posterior to judge by: {why}", better)
     by_mean, mean, by_sd, ratio = largest(table)
     most = (
         f"largest error of a mean {mean:+.2f} sds ('{by_mean}'), of an sd {ratio:.2f} times the "
@@ -56,20 +65,20 @@ def judge_marginals(
         finding = f"{most}, {how} that fail checks of their own; by them {right}"
         return Check("marginals", "amber", finding, values=values)
     status: Status = worst(table["status"])
-    finding, advice = f"{most}, {how}; {right}", _advise(table, status)
+    finding, advice = f"{most}, {how}; {right}", _advise(table, status, better)
     return Check("marginals", status, finding, advice, values)
 
 
-def _advise(table: pd.DataFrame, status: Status) -> str:
+def _advise(table: pd.DataFrame, status: Status, better: str) -> str:
     if status == "green":
         return ""
     wrong = table[table["status"] == "red"]
     if (wrong["mean_error"].abs() - 2 * wrong["mean_error_se"] > MAX_MEAN).any():
-        return _SHIFTED
+        return _SHIFTED + better
     if (wrong["sd_ratio"] < 1.0).any():
-        return _NARROW
+        return _NARROW + better
     if (wrong["sd_ratio"] > 1.0).any():
-        return _WIDE
+        return _WIDE + better
     if (table["wasserstein"] > MAX_SHAPE).any():
         return _SHAPE
     if not (table["tail_khat"] <= MAX_SD_KHAT).all():
@@ -78,7 +87,7 @@ def _advise(table: pd.DataFrame, status: Status) -> str:
             f"the tails of {', '.join(map(str, heavy[:3]))} are so heavy that no number of draws "
             "tells their sds: compare quantiles, or logarithms as deterministic sites"
         )
-    return "errors are near their limits, or not known well enough: " + _BETTER
+    return "errors are near their limits, or not known well enough: " + better
 
 
 def judge_reference(reference: Reference | None) -> Check:
@@ -105,15 +114,14 @@ def judge_reference(reference: Reference | None) -> Check:
     return Check("reference", "amber", f"{reference.source}, but {why}", advice, values)
 
 
-def judge_drift(drift: Drift | None, names: list[str]) -> Check:
+def judge_drift(drift: Drift | None, names: list[str], better: str) -> Check:
     """Whether chains from the approximation's draws run away; it judges where nothing else can."""
     if drift is None:
         return Check(
             "drift",
             "red",
             "most draws of the approximation are where the model has no density",
-            "the approximation reaches out of the model's support: use family='auto', or "
-            + _BETTER,
+            "the approximation reaches out of the model's support: use family='auto', or " + better,
         )
     mean, log_sd = drift.mean_bound, drift.log_sd_bound
     by_mean, by_sd = int(mean.argmax()), int(log_sd.argmax())
@@ -136,7 +144,7 @@ def judge_drift(drift: Drift | None, names: list[str]) -> Check:
         finding += f"; the chains are slow (correlation {memory:.2f} with their start)"
     is_bad = any(is_far.values())
     status: Status | None = "red" if is_bad else None
-    return Check("drift", status, finding, _BETTER if is_bad else "", values, is_standby=True)
+    return Check("drift", status, finding, better if is_bad else "", values, is_standby=True)
 
 
 def headline(

@@ -18,6 +18,7 @@ from pyro_mf.diagnostics.errors import MAX_SD
 from pyro_mf.diagnostics.full_data import on_full_data
 from pyro_mf.diagnostics.importance import ImportanceResample, importance_resample
 from pyro_mf.diagnostics.reference import Reference, Start, start_of_draws
+from pyro_mf.diagnostics.verdict import DRAW_ANEW, LONG_RUN, OWN_DRAWS
 from pyro_mf.fitting.problem import at_least
 from pyro_mf.fitting.progress import ProgressBar
 from pyro_mf.fitting.restarts import describe_modes
@@ -121,7 +122,10 @@ def diagnose_result(
         log_joint = _density(result)
         claim = _claim(result, log_joint, linear_response=linear_response, draws=draws)
         checks = _checks(result, is_mean_field=not linear_response)
-        known = Known(_start(result), checks, _reference(result, seed))
+        better = DRAW_ANEW
+        if result.draws is not None:
+            better = LONG_RUN if draws else OWN_DRAWS
+        known = Known(_start(result), checks, _reference(result, seed), better)
         with ProgressBar(shown=progress) as bar:
             return judge(
                 log_joint,
