@@ -32,7 +32,7 @@ from pyro_mf.density.prior import without_likelihood
 _NUM_DRAWS = 64  # at which scales are looked at
 # Share of the data from which on a latent stays centred by as much, and the quantile of the prior's
 # scale at which it is taken: what is typical is no guide to the neck of a funnel.
-_CENTRED, _LOW = 0.5, 0.1
+_CENTRED, _LOW = 0.5, 0.25
 _VARIES = 1e-6  # relative difference of a scale between draws that is none by rounding
 # Relative difference of log densities, which are the same number, by the rounding of the dtype.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
