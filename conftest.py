@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, or they fight for the cores
@@ -11,6 +12,9 @@ import pyro
 import pytest
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
+
+# A job that a shell starts in the background ignores Ctrl-C, and tests that press it would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _global_state() -> dict[str, object]:
