@@ -45,10 +45,9 @@ class Sampling(NamedTuple):
     num_gradients: int
 
     @property
-    def is_over(self) -> bool:
-        """Whether the draws passed their checks, or the user ended it."""
-        passed = self.drawn is not None and not self.drawn[1].problems
-        return passed or self.ending == "interrupted"
+    def passed(self) -> bool:
+        """Whether there are draws that passed their checks."""
+        return self.drawn is not None and not self.drawn[1].problems
 
 
 def sample_posterior(
@@ -78,7 +77,7 @@ def sample_posterior(
         sampling = task.run(hierarchy, left, can_temper=k + 1 == len(choices))
         tried.append(sampling)
         left -= sampling.num_gradients
-        if sampling.is_over or left <= 0:
+        if sampling.passed or sampling.ending == "interrupted" or left <= 0:
             break
     return _best_of(tried, blocks)
 
@@ -88,12 +87,11 @@ def _best_of(tried: list[Sampling], blocks: Blocks) -> Sampling:
     spent = sum(sampling.num_gradients for sampling in tried)
     notes = tuple(note for sampling in tried for note in sampling.notes)
     best = tried[-1]
-    drawn = [sampling for sampling in tried if sampling.drawn is not None]
-    if not best.is_over and len(drawn) > 1:
-        chosen = least_far([s.drawn[1] for s in drawn if s.drawn is not None], blocks)
-        best = best if chosen is None else drawn[chosen]
-    elif not best.is_over and drawn:
-        best = drawn[0]
+    if not best.passed:
+        drawn = [(sampling, sampling.drawn[1]) for sampling in tried if sampling.drawn is not None]
+        chosen = least_far([draws for _, draws in drawn], blocks) if len(drawn) > 1 else None
+        if drawn:
+            best = drawn[-1 if chosen is None else chosen][0]
     return best._replace(notes=notes, num_gradients=spent, ending=tried[-1].ending)
 
 
@@ -122,8 +120,8 @@ class _Task:
             )
         seed, report = self.options["seed"], self.options["report"]
         start = _start_in(hierarchy, seed, int(_MAX_START_SHARE * max_gradients), report)
-        if start is None:
-            return Sampling(None, "budget", (), 0)
+        if start is None:  # no optimum there, so nothing to draw around
+            return self.run(None, max_gradients, can_temper=can_temper)
         outcome, loc, scale = start
         if outcome.stop_reason == "interrupted":
             return Sampling(None, "interrupted", (), outcome.num_gradients)
@@ -136,25 +134,26 @@ class _Task:
         }
         inner = Blocks(hierarchy.log_joint)
         spent, share = outcome.num_gradients, 1.0
+        best = Sampling(None, "budget", (), spent)
         for _ in range(_MAX_TIMES):
             asked = {name: share * options[name] for name in ("max_error", "aim")}
             left = max(1, max_gradients - spent)
             found = self._draw(inner, loc, scale, max_gradients=left, **(options | asked))
             spent += found.num_gradients
+            notes = (*best.notes, *(_plain(note, hierarchy) for note in found.notes))
+            best = best._replace(ending=found.ending, notes=notes, num_gradients=spent)
             if found.drawn is None:
-                return found._replace(num_gradients=spent)
+                break
             drawn = _back(found.drawn, hierarchy, self.blocks, self.options["max_error"])
+            best = best._replace(drawn=drawn)
             excess = drawn[1].largest_error / self.options["max_error"]
-            is_weighted = isinstance(drawn[0], WeightedDraws)
-            is_enough = excess <= 1.0 or not is_weighted
+            is_enough = excess <= 1.0 or not isinstance(drawn[0], WeightedDraws)
             if is_enough or found.ending != "converged" or spent >= max_gradients:
                 break
             share *= _STRICTER / excess
-        ending = found.ending
-        if drawn[1].problems and ending == "converged":
-            ending = "budget"
-        notes = tuple(_plain(note, hierarchy) for note in found.notes)
-        return Sampling(drawn, ending, notes, spent)
+        if best.ending == "converged" and not best.passed:
+            return best._replace(ending="budget")
+        return best
 
     def _settle(self, hierarchy: Noncentred, e: Tensor) -> Tensor:
         """Scouts that go on in the model's own coordinates.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ import pyro_mf as mf
 from benchmarks.forward_problems import eight_schools
 from pyro_mf._errors import ModelError
 from pyro_mf.density import LogJoint
+from pyro_mf.density.blocks import Blocks
 from pyro_mf.density.noncentred import Noncentred, find_noncentred
 from pyro_mf.solvers import moment_matching, posterior_sampling
 
@@ -221,6 +223,52 @@ def test_an_ordinary_hierarchy_converges_and_stein_agrees():
     terms = torch.cat([gradients, (z - z.mean(0)) * gradients + 1.0], 1)
     effective = min(result.draws.diagnostics["ess"], 20_000.0)
     assert bool((terms.mean(0).abs() / terms.std(0) * effective**0.5 < 5.0).all())
+
+
+def test_without_an_optimum_in_other_coordinates_the_models_own_are_taken(monkeypatch):
+    monkeypatch.setattr(posterior_sampling, "_start_in", lambda *_: None)
+    target = eight_schools(centered=True)
+    guide = mf.AutoMeanField(target.model).setup(*target.args)
+    log_joint = LogJoint(target.model, target.args)
+    outcome = moment_matching.solve_moments(log_joint, guide, max_gradients=1500)
+    assert outcome.forward.draws.noncentred == ()
+
+
+def test_an_interrupt_while_it_is_tried_again_keeps_the_draws_so_far(monkeypatch):
+    """The first try is told that its errors are too large; the second is interrupted."""
+    target = eight_schools(centered=True)
+    log_joint = LogJoint(target.model, target.args)
+    moments = [target.truth[site.name] for site in log_joint.layout.sites]
+    loc, sd = (torch.cat([m[k].reshape(-1) for m in moments]) for k in (0, 1))
+    draw, tries = posterior_sampling.PosteriorSampler.draw, []
+
+    def drawn_once(sampler, method):
+        tries.append(method)
+        drawn = draw(sampler, method) if len(tries) == 1 else None
+        sampler.ending = "converged" if len(tries) == 1 else "interrupted"
+        return drawn
+
+    monkeypatch.setattr(posterior_sampling.PosteriorSampler, "draw", drawn_once)
+    monkeypatch.setattr(posterior_sampling, "_back", _with_large_errors)
+    found = posterior_sampling.sample_posterior(
+        Blocks(log_joint),
+        loc,
+        sd,
+        method="importance",
+        max_gradients=20_000,
+        max_error=0.2,
+        aim=0.2,
+        seed=0,
+        report=lambda _: None,
+    )
+    assert len(tries) == 2
+    assert found.ending == "interrupted"
+    assert found.drawn is not None
+
+
+def _with_large_errors(drawn, *_):
+    averages, draws = drawn
+    return averages, replace(draws, mean_error=10.0 * draws.mean_error.clamp_min(0.1))
 
 
 def test_control_in_the_models_own_coordinates_the_neck_is_missed(monkeypatch):
