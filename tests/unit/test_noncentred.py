@@ -106,6 +106,18 @@ def test_hierarchies_that_data_say_little_of_are_found(case):
     assert "mu" not in found.sites
 
 
+def test_single_precision_is_no_obstacle():
+    torch.set_default_dtype(torch.float32)
+    try:
+        log_joint = LogJoint(schools, (Y.float(), SIGMA.float()), backend="graph")
+        *_, found = find_noncentred(log_joint, *gaussian_at(log_joint.size))
+    finally:
+        torch.set_default_dtype(torch.float64)
+    assert log_joint.dtype == torch.float32
+    assert found is not None
+    assert found.sites == ("theta",)
+
+
 def fixed_scale(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     with pyro.plate("n", len(y)):
